@@ -1,0 +1,17 @@
+"""fxpass: whole-training-step mixed precision for PyTorch, as a Dynamo backend."""
+
+from .backend import GraphRecord as GraphRecord
+from .backend import MixedPrecision as MixedPrecision
+from .backend import of as of
+from .errors import CaptureError as CaptureError
+from .errors import FxpassError as FxpassError
+from .errors import LossScaleError as LossScaleError
+from .errors import OptimizerError as OptimizerError
+from .errors import OptionError as OptionError
+from .errors import VerifyError as VerifyError
+from .runtime.scale import DynamicLossScale as DynamicLossScale
+from .runtime.scale import LossScale as LossScale
+from .runtime.scale import StaticLossScale as StaticLossScale
+from .runtime.state import StepStats as StepStats
+
+__version__ = "0.1.0"

@@ -1,0 +1,13 @@
+"""Every use of torch's private APIs, for torch 2.11 to 2.13. Nothing outside this folder imports them."""
+
+from .aot import compiling_flag as compiling_flag
+from .aot import grad_with_forward_links as grad_with_forward_links
+from .aot import trace as trace
+from .dynamo import current_record as current_record
+from .dynamo import install as install
+from .dynamo import optimizer_step as optimizer_step
+from .record import FrameRecord as FrameRecord
+from .inductor import compile_graph as compile_graph
+from .inductor import mode_settings as mode_settings
+from .handles import backend_of as backend_of
+from .handles import source_name as source_name

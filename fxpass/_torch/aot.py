@@ -1,0 +1,57 @@
+"""AOTAutograd: from Dynamo's graph of a whole step to one functional ATen graph.
+
+Written for torch 2.11 to 2.13. ``keep_inference_input_mutations`` keeps the
+updates of parameters and state in the graph as ``copy_`` nodes at its end;
+``decompositions={}`` keeps layer norm, softmax, losses and their backwards
+whole, so that dtypes can be decided on operators people know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.compiler
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
+
+from ..errors import CaptureError
+
+Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
+
+
+def trace(gm: GraphModule, inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
+    """Hand ``gm`` as one ATen inference graph to ``compiler``; returns the callable for flat inputs."""
+
+    def refuse(*_: Any) -> Any:
+        hint = "return detached tensors from the step, and update only inside torch.no_grad() or optimizer.step()"
+        raise CaptureError("the step's outputs or updates require grad after the step", hint=hint)
+
+    aot = aot_autograd(
+        fw_compiler=refuse, inference_compiler=compiler, decompositions={}, keep_inference_input_mutations=True
+    )
+    return aot(gm, list(inputs))
+
+
+@contextlib.contextmanager
+def compiling_flag() -> Iterator[None]:
+    """Make ``torch.compiler.is_compiling()`` true: optimizers then use tensor maths for their step counts."""
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+        yield
+
+
+def grad_with_forward_links(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
+    """``torch.autograd.grad`` whose backward nodes carry the sequence number of their forward node.
+
+    AOTAutograd sets this up for graphs it differentiates itself; in a step that
+    calls backward() it does not, and a pass could not tell which operation a
+    backward node belongs to.
+    """
+    from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
+
+    roots = [t.grad_fn for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.grad_fn is not None]
+    setup_stacktrace_preservation_hooks(roots)
+    return torch.autograd.grad(outputs, inputs, **kwargs)

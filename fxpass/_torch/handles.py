@@ -1,0 +1,44 @@
+"""Reading what torch.compile and Dynamo keep to themselves: the backend of a compiled function, names of inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+from torch.fx import Node
+
+_ACCESS = re.compile(r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\._buffers\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)")
+
+
+def backend_of(compiled: Callable[..., Any]) -> Any | None:
+    """The compiler function that ``torch.compile`` was given for ``compiled``, None if it is not compiled."""
+    context = compiled.dynamo_ctx if isinstance(compiled, OptimizedModule) else _context_of(compiled)
+    if context is None:
+        return None
+    backend = context.callback
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return backend
+
+
+def _context_of(compiled: Callable[..., Any]) -> _TorchDynamoContext | None:
+    function = getattr(compiled, "__func__", compiled)
+    cells = [*(getattr(function, "__closure__", None) or ())]
+    getter = getattr(function, "get_compiler_config", None)
+    cells += [*(getattr(getter, "__closure__", None) or ())]
+    for cell in cells:
+        if isinstance(cell.cell_contents, _TorchDynamoContext):
+            return cell.cell_contents
+    return None
+
+
+def source_name(node: Node) -> str:
+    """A readable name of a Dynamo input: ``model.layers.0.weight`` for a parameter of a global ``model``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)
+    name = source.name() if callable(source.name) else source.name
+    parts = [next(g for g in m.groups() if g is not None) for m in _ACCESS.finditer(name)]
+    return ".".join(parts) or name

@@ -1,0 +1,67 @@
+"""What the Dynamo hooks saw while one frame was traced: plain data, no Dynamo types."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import FxpassError
+
+
+@dataclass
+class LeafGrad:
+    """One gradient leaving one ``backward()``: which leaf it belongs to."""
+
+    backward: int
+    leaf: str  # name of the leaf's placeholder in Dynamo's graph
+
+
+@dataclass
+class StepParam:
+    """One parameter of an optimizer at the moment ``step()`` was traced."""
+
+    group: int
+    position: int
+    has_grad: bool
+    node: str | None  # its placeholder in Dynamo's graph; None: not part of the graph
+
+
+@dataclass
+class StepEvent:
+    """One ``optimizer.step()`` call of the frame."""
+
+    index: int
+    optimizer: weakref.ref[torch.optim.Optimizer]
+    params: list[StepParam]
+    dynamic: list[tuple[int, str, int | None]]  # (group, key, position in a tuple) passed as tensors
+    where: str
+    backwards: int  # backward() calls traced before it
+
+    def live(self) -> torch.optim.Optimizer:
+        """The optimizer object; Dynamo guards on its identity, so it is alive when this is called."""
+        optimizer = self.optimizer()
+        assert optimizer is not None, "the optimizer of a compiled step was garbage collected"
+        return optimizer
+
+
+@dataclass
+class FrameRecord:
+    """Everything the hooks learnt from one frame."""
+
+    backend: Any
+    backwards: list[str] = field(default_factory=list)  # user line of each backward()
+    leaf_grads: list[LeafGrad] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)  # parameter node of each gradient an optimizer reads
+    events: list[StepEvent] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)
+    cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
+    escaping: list[str] = field(default_factory=list)  # gradients leaving without a step
+    names: dict[str, str] = field(default_factory=dict)  # placeholder -> the name a user would give it
+    consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
+    break_reason: str = ""
+    break_where: str = ""
+    break_after: bool = False  # the break came after optimizer.step()
+    error: FxpassError | None = None

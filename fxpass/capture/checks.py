@@ -1,0 +1,133 @@
+"""Was the step captured whole? Says what is missing, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .. import _torch
+from ..errors import CaptureError
+from ..ir.graph import StepGraph
+
+
+def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None) -> None:
+    """Raise :class:`CaptureError` unless the frame is a whole training step or needs no gradients.
+
+    Args:
+        gm: Dynamo's graph of the frame.
+        record: what the hooks saw (``_torch.FrameRecord``).
+        last_break: reason and user line of the last graph break in an enclosing frame.
+    """
+    reason, where = record.break_reason, record.break_where
+    if not reason and last_break is not None:
+        reason, where = last_break
+    broke = f"the graph broke before: {reason}" if reason else "the compiled function ends before"
+
+    _refuse_sparse(gm)
+    if record.backwards and not record.events:
+        if not record.leaf_grads:
+            found = "backward() reached no parameter: nothing in the loss requires grad as seen by the compiled step"
+            raise CaptureError(found, where=record.backwards[0], hint="check requires_grad of the model's parameters")
+        hint = "call optimizer.step() in the compiled function, after backward(); put an accumulation loop inside it"
+        raise CaptureError(
+            f"gradients leave the graph without an optimizer step; {broke} optimizer.step()",
+            where=where or record.backwards[-1],
+            hint=_break_hint(reason, hint),
+        )
+    for event in record.events:
+        with_grad = [p for p in event.params if p.has_grad]
+        if not record.leaf_grads or not with_grad:
+            hint = "compile the whole step: forward, loss.backward() and optimizer.step() in one function"
+            raise CaptureError(
+                f"optimizer.step() finds no gradient computed in the compiled function; {broke} optimizer.step()"
+                if reason
+                else "optimizer.step() finds no gradient computed in the compiled function",
+                where=where or event.where,
+                hint=_break_hint(reason, hint),
+            )
+    escaping = _outputs_requiring_grad(gm, record)
+    if escaping and not record.backwards:
+        hint = (
+            "compile the whole step, not the model alone: def step(batch): loss = ...; loss.backward(); "
+            "optimizer.step(); for evaluation, call it under torch.no_grad()"
+        )
+        raise CaptureError(
+            f"the graph's outputs still need a backward ({', '.join(escaping[:3])}); {broke} backward()",
+            where=where,
+            hint=_break_hint(reason, hint),
+        )
+    if escaping:
+        hint = "detach it before it leaves the step"
+        found = f"output {escaping[0]} requires grad, but no backward() of the step went through it"
+        raise CaptureError(found, where=record.backwards[-1], hint=hint)
+
+
+def _break_hint(reason: str, otherwise: str) -> str:
+    if not reason:
+        return otherwise
+    return "move what breaks the graph (a print, .item(), a data-dependent branch) after optimizer.step(), or out of the step"
+
+
+def _outputs_requiring_grad(gm: GraphModule, record: Any) -> list[str]:
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    return [
+        n.name
+        for n in output.all_input_nodes
+        if n.op != "placeholder"
+        and getattr(n.meta.get("example_value"), "requires_grad", False)
+        and n.name not in record.consumed
+    ]
+
+
+def _refuse_sparse(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        sparse = node.kwargs.get("sparse", False)
+        if node.target is torch.nn.functional.embedding and len(node.args) > 6:
+            sparse = sparse or node.args[6]
+        if sparse is True:
+            hint = "build the embedding with sparse=False"
+            found = "an embedding with sparse=True makes sparse gradients"
+            raise CaptureError(found, where=_user_line(node), hint=hint)
+
+
+def _user_line(node: Node) -> str:
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    return " ".join(line.strip() for line in trace[-2:])
+
+
+def device_of(optimizers: Sequence[torch.optim.Optimizer], inputs: Sequence[Any]) -> torch.device:
+    """The one device of the step's parameters."""
+    devices = {p.device for o in optimizers for g in o.param_groups for p in g["params"]}
+    if len(devices) > 1:
+        hint = "keep the parameters of one compiled step on one device"
+        raise CaptureError(f"parameters on several devices: {sorted(map(str, devices))}", hint=hint)
+    if devices:
+        return devices.pop()
+    return next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
+
+
+def input_names(gm: GraphModule) -> list[str]:
+    """User names of Dynamo's inputs, in order."""
+    return [_torch.source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def leaf_name(record: Any, step: StepGraph, mark: Node) -> str:
+    """The user's name of the parameter a GRAD mark belongs to."""
+    return record.names.get(record.leaf_grads[mark.args[2]].leaf, record.leaf_grads[mark.args[2]].leaf)
+
+
+def unreached(record: Any) -> dict[str, str]:
+    """Trainable parameters of the optimizers that are not updated, and why."""
+    found = {}
+    for event in record.events:
+        optimizer = event.live()
+        for p in event.params:
+            if p.has_grad:
+                continue
+            frozen = not optimizer.param_groups[p.group]["params"][p.position].requires_grad
+            name = record.names.get(p.node, p.node)
+            found[name] = "requires_grad is False" if frozen else "the loss does not depend on it"
+    return found

@@ -1,0 +1,223 @@
+"""From Dynamo's graph of a frame to a :class:`StepGraph`.
+
+The graph Dynamo made is copied, each opaque optimizer node becomes a call that
+runs the optimizer on traced tensors, and the scaler state, learning rates and
+optimizer state become extra inputs at the end. AOTAutograd then flattens all of
+it into one ATen graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .. import _torch
+from ..errors import CaptureError
+from ..ir.graph import Phase, Role, StepGraph, Update
+from ..ir.marks import GRAD, MARK
+from . import optim
+from .scalars import Comparison
+
+
+@dataclass
+class Event:
+    """One ``optimizer.step()``: which tensors it needs at run time, in input order."""
+
+    optimizer: Callable[[], torch.optim.Optimizer]
+    places: list[tuple[int, int]]
+    state: list[optim.StateKey]
+    groups: int
+    where: str
+    dynamic: list[tuple[int, str, int | None]]
+    comparisons: list[Comparison] = field(default_factory=list)
+
+
+@dataclass
+class Captured:
+    """A step ready to be traced: the rewritten Dynamo graph and what its inputs are."""
+
+    gm: GraphModule
+    events: list[Event]
+    parameters: list[Node]  # placeholders of parameters some optimizer updates
+    kept: list[int]  # input positions of the parameters whose gradients are extra outputs
+    outputs: int
+    unreached: dict[str, str]  # trainable parameter -> why it gets no gradient
+    extra_roles: list[tuple[Role, str]]
+    first_extra: int
+    update_slots: list[tuple[int, str]] = field(default_factory=list)  # (event, placeholder) per UPDATE mark
+
+
+def capture(
+    gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool
+) -> Captured:
+    """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for old, new in copies.items():
+        for attribute in ("_dynamo_source",):
+            if hasattr(old, attribute):
+                setattr(new, attribute, getattr(old, attribute))
+    new_gm = GraphModule(gm, graph)
+    by_name = {old.name: new for old, new in copies.items()}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    captured = Captured(new_gm, [], [], [], 0, {}, [], len(placeholders))
+    inputs = _ExtraInputs(graph, placeholders, captured.extra_roles)
+    if record.events:
+        for name in scaler_fields:
+            inputs.add(Role.SCALER, name)
+    for node in list(graph.nodes):
+        if node.target is _torch.optimizer_step:
+            _expand_optimizer(node, record, captured, inputs, by_name)
+        elif node.target is torch.autograd.grad:
+            node.target = _torch.grad_with_forward_links
+    _finish_outputs(graph, record, captured, by_name, keep_grads)
+    _annotate_autocast(graph)
+    graph.lint()
+    new_gm.recompile()
+    return captured
+
+
+class _ExtraInputs:
+    """Appends placeholders after the last one."""
+
+    def __init__(self, graph: Graph, placeholders: list[Node], roles: list[tuple[Role, str]]) -> None:
+        self.graph = graph
+        self.last = placeholders[-1] if placeholders else None
+        self.roles = roles
+
+    def add(self, role: Role, name: str) -> Node:
+        where = self.graph.inserting_after(self.last) if self.last else self.graph.inserting_before(None)
+        with where:
+            node = self.graph.placeholder(f"fxpass_{len(self.roles)}")
+        node._dynamo_source = None  # type: ignore[attr-defined] - not an input of Dynamo's
+        self.last = node
+        self.roles.append((role, name))
+        return node
+
+
+def _expand_optimizer(node: Node, record: Any, captured: Captured, inputs: _ExtraInputs, by_name: dict[str, Node]) -> None:
+    index, params, grads, dynamic = node.args
+    found = record.events[index]  # type: ignore[index]
+    optimizer = found.live()
+    places = [(p.group, p.position) for p in found.params if p.has_grad]
+    keys = optim.state_keys(optimizer, places)
+    state = [inputs.add(Role.STATE, f"{k.key}[{_param_name(by_name, found, k)}]") for k in keys]
+    lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
+    event = Event(found.live, places, keys, len(lr), found.where, found.dynamic)
+    first = len(captured.update_slots)
+    captured.update_slots += [(index, n.name) for n in (*params, *state)]  # type: ignore[misc, union-attr]
+    captured.parameters += [n for n in params if n not in captured.parameters]  # type: ignore[union-attr]
+    captured.events.append(event)
+
+    def expand(params: Any, grads: Any, state: Any, lr: Any, dynamic: Any) -> None:
+        pairs = list(zip(event.dynamic, dynamic, strict=True))
+        tensors = optim.StepTensors(places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs)
+        with torch.fx.traceback.annotate({"fxpass": "update"}):
+            event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
+
+    node.target = expand
+    node.args = (params, grads, state, lr, [_as_tensor(node, d) for d in dynamic])  # type: ignore[union-attr]
+
+
+def _as_tensor(before: Node, number: Any) -> Any:
+    """A symbolic float of Dynamo's is ``item()`` of a float64 input: take that input instead."""
+    if isinstance(number, Node) and number.op == "call_method" and number.target == "item":
+        number = number.args[0]
+        with before.graph.inserting_before(before):
+            return before.graph.call_method("to", (number, torch.float32))
+    with before.graph.inserting_before(before):
+        return before.graph.call_function(torch.scalar_tensor, (number,), {"dtype": torch.float32})
+
+
+def _param_name(by_name: dict[str, Node], found: Any, key: optim.StateKey) -> str:
+    for p in found.params:
+        if (p.group, p.position) == (key.group, key.position):
+            return str(p.node)
+    return "?"
+
+
+def _finish_outputs(graph: Graph, record: Any, captured: Captured, by_name: dict[str, Node], keep_grads: bool) -> None:
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    (values,) = output.args
+    results = []
+    for value in values:  # type: ignore[union-attr]
+        if isinstance(value, Node) and value.name in record.consumed:
+            with graph.inserting_before(output):
+                value = graph.call_method("detach", (value,))
+        results.append(value)
+    captured.outputs = len(results)
+    if keep_grads:
+        positions = {n: i for i, n in enumerate(graph.nodes) if n.op == "placeholder"}
+        for param, grad in record.kept:
+            captured.kept.append(positions[by_name[param]])
+            results.append(by_name[grad])
+    output.args = (tuple(results),)
+
+
+def _annotate_autocast(graph: Graph) -> None:
+    """Tag nodes of regions where the user switched autocast off: they stay in float32."""
+    stack: list[bool] = []
+    for node in graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            stack.append(bool(node.args[2]))
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            stack.pop()
+        elif stack and not stack[-1]:
+            node.meta["custom"] = {**node.meta.get("custom", {}), "fxpass_fp32": True}
+
+
+def to_step(captured: Captured, gm: GraphModule, names: Sequence[str]) -> StepGraph:
+    """Read phases, roles and names into a :class:`StepGraph`; ``names`` are the Dynamo inputs' user names."""
+    step = StepGraph(gm, outputs=captured.outputs)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    dynamo = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(dynamo):
+        raise CaptureError(f"AOTAutograd changed the inputs of the step ({len(dynamo)} to {len(placeholders)})")
+    by_name = {d.name: p for d, p in zip(dynamo, placeholders, strict=True)}
+    for node in captured.parameters:
+        step.roles[by_name[node.name]] = Role.PARAMETER
+    for node, name in zip(placeholders, names, strict=False):
+        step.names[node] = name
+        step.roles.setdefault(node, Role.INPUT)
+    for node, (role, name) in zip(placeholders[captured.first_extra :], captured.extra_roles, strict=True):
+        step.roles[node] = role
+        step.names[node] = name
+        if role is Role.SCALER:
+            step.scaler[name] = node
+    for index, (event, name) in enumerate(captured.update_slots):
+        step.updates.append(Update(index, event, by_name[name]))
+    _set_phases(step)
+    return step
+
+
+def _set_phases(step: StepGraph) -> None:
+    last_grad = None
+    for node in step.graph.nodes:
+        if node.target is MARK and node.args[1] == GRAD:
+            last_grad = node
+        node.meta["fxpass_phase"] = _phase(node, last_grad is not None)
+        if node.target is operator.getitem:
+            node.meta["fxpass_phase"] = node.args[0].meta["fxpass_phase"]
+
+
+def _phase(node: Node, after_backward: bool) -> Phase:
+    if node.op == "placeholder":
+        return Phase.INPUT
+    if node.op == "output" or node.target is torch.ops.aten.copy_.default:
+        return Phase.OUTPUT
+    if (node.meta.get("custom") or {}).get("fxpass") == "update":
+        return Phase.UPDATE
+    if node.meta.get("autograd_backward"):
+        return Phase.BACKWARD
+    if node.target is MARK:
+        return Phase.GRADIENT if node.args[1] != "seed" else Phase.BACKWARD
+    sources = [n.meta["fxpass_phase"] for n in node.all_input_nodes]
+    if after_backward and Phase.GRADIENT in sources:
+        return Phase.GRADIENT
+    return Phase.FORWARD

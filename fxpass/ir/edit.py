@@ -1,0 +1,97 @@
+"""The one door for changing a graph: keeps values true and stamps who inserted what, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_map_only  # public in all but name: torch.export's documents use it
+
+from .graph import Origin, Phase, StepGraph, phase
+
+aten = torch.ops.aten
+
+
+class Editor:
+    """Inserts and rewires nodes of one graph on behalf of one pass."""
+
+    def __init__(self, step: StepGraph, pass_name: str) -> None:
+        self.step = step
+        self.pass_name = pass_name
+        self.inserted: list[Node] = []
+        self.touched: set[Node] = set()
+        self.removed = 0
+        self.declined: list[str] = []
+        inputs = [n.meta["val"] for n in step.graph.nodes if n.op == "placeholder"]
+        self._fake_mode = next((v.fake_mode for v in inputs if hasattr(v, "fake_mode")), None)
+
+    def decline(self, reason: str) -> None:
+        """Record why the pass left something alone."""
+        self.declined.append(reason)
+
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Insert what follows before ``node``."""
+        with self.step.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """Insert what follows after ``node`` (after the last input, if it is one).
+
+        Consecutive insertions keep their order.
+        """
+        if node.op == "placeholder":
+            node = [n for n in self.step.graph.nodes if n.op == "placeholder"][-1]
+        following = node.next
+        with self.step.graph.inserting_before(following):
+            yield
+
+    def call(self, target: Callable[..., Any], *args: Any, when: Phase, reason: str, **kwargs: Any) -> Node:
+        """A new call at the insertion point, its fake value computed, its origin stamped."""
+        node = self.step.graph.call_function(target, args, kwargs)
+        node.meta["fxpass_phase"] = when
+        node.meta["fxpass_origin"] = Origin(self.pass_name, reason)
+        source = next((a for a in node.all_input_nodes if "stack_trace" in a.meta), None)
+        if source is not None:
+            node.meta["stack_trace"] = source.meta["stack_trace"]
+        self.refresh(node)
+        self.inserted.append(node)
+        return node
+
+    def cast(self, x: Node, dtype: torch.dtype, *, when: Phase, reason: str) -> Node:
+        """``x`` in ``dtype``; ``x`` itself if it has it."""
+        if x.meta["val"].dtype == dtype:
+            return x
+        return self.call(aten._to_copy.default, x, dtype=dtype, when=when, reason=reason)
+
+    def refresh(self, node: Node) -> None:
+        """Recompute the fake value of a node from those of its inputs."""
+        args, kwargs = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        assert callable(node.target), f"{node.name} is not a call"
+        with self._fake_mode or torch.no_grad(), torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)
+        self.touched.add(node)
+
+    def set_arg(self, node: Node, index: int, value: Any) -> None:
+        """Replace one positional argument (the caller refreshes if the dtype changed)."""
+        node.update_arg(index, value)
+        self.touched.add(node)
+
+    def replace_uses(self, old: Node, new: Any, *, keep: Callable[[Node], bool] = lambda _: False) -> None:
+        """Make users of ``old`` read ``new``, except those that ``keep`` accepts."""
+        for user in old.replace_all_uses_with(new, delete_user_cb=lambda user: not keep(user)):
+            self.touched.add(user)
+
+    def erase(self, node: Node) -> None:
+        """Remove a node without users."""
+        self.step.graph.erase_node(node)
+        self.touched.discard(node)
+        self.removed += 1
+
+    def inherit(self, new: Node, old: Node) -> None:
+        """``new`` stands for ``old`` from now on: the same phase."""
+        new.meta["fxpass_phase"] = phase(old)

@@ -1,0 +1,128 @@
+"""The captured training step: one functional ATen graph plus what is known of its values.
+
+``StepGraph`` is the only reader and ``Editor`` (ir/edit.py) the only writer of
+node metadata. Roles that live in the middle of the graph (seeds, gradients,
+updates) are read off the mark operators (ir/marks.py); roles of inputs are
+listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .marks import MARK
+
+
+class Phase(str, Enum):
+    """When in the step a node runs."""
+
+    INPUT = "input"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    GRADIENT = "gradient"  # between backward and update: accumulation, the user's own clipping
+    CHECK = "check"  # inserted: norms, found_inf, clip coefficient
+    UPDATE = "update"
+    SCALE = "scale"  # inserted: the scale's own update
+    OUTPUT = "output"
+
+
+class Role(str, Enum):
+    """What an input of the graph is."""
+
+    PARAMETER = "parameter"
+    STATE = "optimizer state"
+    LR = "learning rate"
+    SCALER = "scaler"
+    INPUT = "input"  # data, buffers, frozen weights: everything else
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which pass inserted a node, and why."""
+
+    pass_name: str
+    reason: str
+
+
+@dataclass
+class Update:
+    """One value an optimizer writes: UPDATE mark ``index`` replaces the input ``old``."""
+
+    index: int
+    event: int
+    old: Node
+
+
+@dataclass
+class StepGraph:
+    """One training step (or one evaluation) between capture and lowering."""
+
+    gm: GraphModule
+    roles: dict[Node, Role] = field(default_factory=dict)
+    names: dict[Node, str] = field(default_factory=dict)  # the user's name of an input, e.g. layer.weight
+    scaler: dict[str, Node] = field(default_factory=dict)  # scaler input by field name
+    updates: list[Update] = field(default_factory=list)
+    read_events: list[int] = field(default_factory=list)  # the optimizer event of READ mark i
+    read_names: list[str] = field(default_factory=list)  # parameter name of READ mark i
+    backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
+    outputs: int = 0  # how many outputs are the user's; kept gradients follow them
+    # set by check_finite, by optimizer event: a 0-d bool, true if the event must be skipped
+    found_inf: dict[int, Node] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark: the 0-d float32 sum of squares of the stored gradient
+    square_sums: dict[Node, Node] = field(default_factory=dict)
+    # set by clip: the 0-d float32 norm before clipping, and whether clipping acted
+    grad_norm: Node | None = None
+    checked: list[tuple[Node, Node]] = field(default_factory=list)  # (GRAD mark, the value whose finiteness decides)
+    clipped: Node | None = None
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.gm.graph
+
+    @property
+    def trains(self) -> bool:
+        """Whether an optimizer updates anything here (False for evaluation)."""
+        return bool(self.updates)
+
+    def marks(self, role: str) -> list[Node]:
+        """The mark nodes of one role, in the order of their index."""
+        found = [n for n in self.graph.nodes if n.target is MARK and n.args[1] == role]
+        return sorted(found, key=lambda n: n.args[2])  # type: ignore[arg-type, return-value]
+
+    def nodes(self) -> Iterator[Node]:
+        """The computing nodes, in order."""
+        return (n for n in self.graph.nodes if n.op == "call_function")
+
+
+def val(node: Node) -> Any:
+    """The fake value of a node: a tensor, a number, or a tuple of them."""
+    return node.meta["val"]
+
+
+def tensor(node: Node) -> torch.Tensor:
+    """The fake tensor of a single-valued node."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor), f"{node.name} is not a tensor but {type(value).__name__}"
+    return value
+
+
+def is_float(node: object) -> bool:
+    """Whether a node is one real floating point tensor below float64."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def phase(node: Node) -> Phase:
+    """When in the step the node runs; capture and the editor keep it."""
+    return node.meta["fxpass_phase"]
+
+
+def origin(node: Node) -> Origin | None:
+    """Who inserted the node; None if it comes from the user's code."""
+    return node.meta.get("fxpass_origin")

@@ -1,0 +1,36 @@
+"""The operator that carries a value's role from the captured step into the ATen graph.
+
+Dynamo and AOTAutograd rename, functionalise and reorder nodes; an operator is
+the one thing they keep. ``fxpass::mark(x, role, index)`` is the identity on
+values. Capture puts marks where a role is known (the seed of a backward, a
+gradient as it leaves it, an optimizer's new value); :mod:`fxpass.capture.step`
+reads them off the ATen graph and erases them, so no mark is ever executed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SEED = "seed"  # the initial gradient of backward() number `index`
+GRAD = "grad"  # gradient number `index` as it leaves backward()
+READ = "read"  # gradient number `index` as an optimizer reads it
+UPDATE = "update"  # new value number `index` written by an optimizer
+
+
+@torch.library.custom_op("fxpass::mark", mutates_args=())
+def _mark(x: Tensor, role: str, index: int) -> Tensor:
+    return x.clone()
+
+
+@_mark.register_fake
+def _(x: Tensor, role: str, index: int) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+MARK = torch.ops.fxpass.mark.default
+
+
+def mark(x: Tensor, role: str, index: int) -> Tensor:
+    """The value of ``x`` (any shape and dtype), tagged with its role in the step."""
+    return MARK(x, role, index)

@@ -1,0 +1,68 @@
+"""What a legal step graph looks like; run after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ..errors import VerifyError
+from .graph import Phase, StepGraph, phase
+
+aten = torch.ops.aten
+
+
+def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> None:
+    """Raise :class:`VerifyError` unless the graph is well-formed.
+
+    Every node has a value, a phase and, if inserted, an origin; nothing is used
+    before it is computed; each input is written at most once; an optimizer's
+    value has the dtype of what it replaces; and each node in ``touched`` has
+    the value its inputs give.
+    """
+
+    def fail(node: Node, what: str) -> VerifyError:
+        hint = "this is a bug of fxpass, please report it; verify=False runs the graph all the same"
+        return VerifyError(f"pass {pass_name!r} broke the graph at {node.format_node()}: {what}", hint=hint)
+
+    seen: set[Node] = set()
+    written: set[Node] = set()
+    for node in step.graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise fail(node, f"{source.name} is used before it is computed")
+        seen.add(node)
+        if node.op == "output":
+            continue
+        if "val" not in node.meta:
+            raise fail(node, "it has no value")
+        if not isinstance(node.meta.get("fxpass_phase"), Phase):
+            raise fail(node, "it has no phase")
+        if node.target is aten.copy_.default:
+            target = node.args[0]
+            if not isinstance(target, Node) or target.op != "placeholder":
+                raise fail(node, "copy_ to something that is not an input")
+            if target in written:
+                raise fail(node, f"input {target.name} is written twice")
+            written.add(target)
+    for node in touched:
+        if node.op == "call_function" and node in seen and phase(node) is not Phase.OUTPUT:
+            _check_value(node, fail)
+
+
+def _check_value(node: Node, fail: Any) -> None:
+    args, kwargs = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+    fakes = [a for a in tree_flatten((args, kwargs))[0] if hasattr(a, "fake_mode")]
+    if not fakes or not callable(node.target) or node.target is aten.copy_.default:
+        return
+    with fakes[0].fake_mode, torch.no_grad():
+        try:
+            found = node.target(*args, **kwargs)
+        except Exception as error:
+            raise fail(node, f"it cannot be computed from its inputs: {error}") from error
+    for new, old in zip(tree_flatten(found)[0], tree_flatten(node.meta["val"])[0], strict=True):
+        if isinstance(new, torch.Tensor) and (new.dtype != old.dtype or new.shape != old.shape):
+            raise fail(node, f"its value is {new.dtype} {tuple(new.shape)}, recorded {old.dtype} {tuple(old.shape)}")

@@ -1,0 +1,118 @@
+"""The options of the backend: one frozen dataclass, checked field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import OptionError
+from .runtime.scale import DynamicLossScale, LossScale, StaticLossScale
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _choice(*allowed: Any) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: type(v) in map(type, allowed) and v in allowed, " or ".join(map(repr, allowed)))
+
+
+_positive: tuple[Callable[[Any], bool], str] = (
+    lambda v: v is None or (_number(v) and v > 0),
+    "None or a finite number > 0",
+)
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dtype": (lambda v: v in DTYPES.values(), "float16, bfloat16 or float32, as a torch dtype or its name"),
+    "loss_scale": (
+        lambda v: v is None or isinstance(v, LossScale),
+        '"dynamic", a number > 0 (static), None or a LossScale object',
+    ),
+    "max_norm": _positive,
+    "norm_type": (lambda v: _number(v) and v == 2.0 or v == math.inf, "2.0 or inf"),
+    "clip_value": _positive,
+    "grads": _choice("drop", "keep"),
+    "skip": _choice("step"),
+    "keep_fp32": (
+        lambda v: isinstance(v, tuple) and all(isinstance(p, str) for p in v),
+        "a tuple of fnmatch patterns over module names",
+    ),
+    "verify": _choice(True, False),
+    "inductor": (
+        lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
+        "a dict of torch._inductor.config settings",
+    ),
+    "codegen": _choice("inductor", "eager"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The settings of one compiled step; see README for the table of what each does.
+
+    Raises:
+        OptionError: a value of the wrong type or out of range.
+    """
+
+    dtype: torch.dtype | str = torch.float16
+    loss_scale: LossScale | str | float | None = "auto"
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    clip_value: float | None = None
+    grads: str = "drop"
+    skip: str = "step"
+    keep_fp32: tuple[str, ...] = ()
+    verify: bool = True
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    codegen: str = "inductor"
+
+    def __post_init__(self) -> None:
+        dtype = self.dtype
+        if isinstance(dtype, str):
+            name = dtype.removeprefix("torch.")
+            dtype = DTYPES.get(ALIASES.get(name, name), dtype)
+        object.__setattr__(self, "dtype", dtype)
+        patterns = self.keep_fp32
+        if isinstance(patterns, list):
+            object.__setattr__(self, "keep_fp32", tuple(patterns))
+        object.__setattr__(self, "loss_scale", _loss_scale(self.loss_scale, dtype))
+        for name, (ok, allowed) in _RULES.items():
+            value = getattr(self, name)
+            if not ok(value):
+                raise OptionError(f"option {name}={value!r}: allowed is {allowed}")
+
+    @property
+    def key(self) -> str:
+        """A text that differs whenever the generated code could: part of every cache key."""
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options) if f.name != "verify"}
+        return repr(sorted(shown.items(), key=lambda item: item[0]))
+
+
+def _loss_scale(value: Any, dtype: Any) -> Any:
+    if isinstance(value, str) and value == "auto":
+        return DynamicLossScale() if dtype is torch.float16 else None
+    if isinstance(value, str) and value == "dynamic":
+        return DynamicLossScale()
+    if _number(value):
+        return StaticLossScale(value)
+    return value
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raise :class:`OptionError` for names that are no options, with the nearest that are."""
+    import difflib
+
+    known = [f.name for f in dataclasses.fields(Options)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}"
+            raise OptionError(f"option {name!r} does not exist", hint=hint)

@@ -1,0 +1,33 @@
+"""The pipeline, in order."""
+
+from __future__ import annotations
+
+from ..options import Options
+from .base import GraphPass
+from .cast import Cast
+from .check_finite import CheckFinite
+from .clip import Clip
+from .finish import Finish
+from .scale_loss import ScaleLoss
+from .skip import Skip
+from .unscale import Unscale
+from .update_scale import UpdateScale
+
+PASSES: tuple[type[GraphPass], ...] = (
+    ScaleLoss,  # seed of each backward * scale
+    Cast,  # float16 where the policy says so
+    Unscale,  # gradients * 1/scale, in float32
+    CheckFinite,  # one verdict over the gradients as stored
+    Clip,  # global norm, clip coefficient
+    Skip,  # where(found_inf, old, new)
+    UpdateScale,  # growth, backoff, counters
+    Finish,  # erase marks and dead nodes
+)
+
+
+def pipeline(options: Options) -> list[GraphPass]:
+    """``PASSES`` with their fields taken from the options of the same name."""
+    return [
+        cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__ if hasattr(options, name)})
+        for cls in PASSES
+    ]

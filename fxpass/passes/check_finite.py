@@ -1,0 +1,100 @@
+"""One finite check over every gradient the optimizers read, on the values as stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from ..ir.edit import Editor
+from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.marks import GRAD, READ
+from .base import GraphPass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CheckFinite(GraphPass):
+    """Reduce each gradient once, as it leaves backward, to what the verdict and the norm need.
+
+    A float16 gradient needs only its sum of squares in float32: 65504**2 times
+    1e28 elements still fits, so the sum is finite exactly when every element
+    is (ORT checks the norm the same way). Wider dtypes also reduce max |g|,
+    which is finite exactly when every element is. The verdict of an optimizer
+    is over the gradients of all optimizers that stepped up to the same backward.
+    """
+
+    name: ClassVar[str] = "check_finite"
+
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        if not step.trains:
+            edit.decline("no optimizer step")
+            return
+        sources = {read: _gradients_behind(read) for read in step.marks(READ)}
+        finite: dict[Node, Node] = {}
+        for mark in step.marks(GRAD):
+            if any(mark in found for found in sources.values()) and tensor(mark).numel() != 0:
+                finite[mark] = self._reduce(step, edit, mark)
+        if not finite:
+            edit.decline("no gradient reaches an optimizer")
+            return
+        last = max([*finite.values()], key=list(step.graph.nodes).index)
+        verdicts: dict[int, Node] = {}
+        for event, backwards in enumerate(step.backwards_before):
+            if backwards in verdicts:
+                step.found_inf[event] = verdicts[backwards]
+                continue
+            reads = [
+                r for r, e in zip(sources, step.read_events, strict=True) if step.backwards_before[e] <= backwards
+            ]
+            marks = [m for m in finite if any(m in sources[r] for r in reads)]
+            anchor = last if backwards == max(step.backwards_before) else _latest(step, [finite[m] for m in marks])
+            with edit.after(anchor):
+                verdicts[backwards] = _any_non_finite(edit, [finite[m] for m in marks])
+            step.found_inf[event] = verdicts[backwards]
+        step.checked = list(finite.items())
+
+    def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> Node:
+        dtype = tensor(mark).dtype
+        with edit.after(mark):
+            wide = edit.cast(mark, torch.float32, when=Phase.CHECK, reason="square in float32")
+            square = edit.call(aten.mul.Tensor, wide, wide, when=Phase.CHECK, reason="norm and finite check")
+            total = edit.call(aten.sum.default, square, when=Phase.CHECK, reason="norm and finite check")
+            step.square_sums[mark] = total
+            if dtype is torch.float16:
+                return total
+            magnitude = edit.call(aten.abs.default, wide, when=Phase.CHECK, reason="finite check")
+            return edit.call(aten.amax.default, magnitude, when=Phase.CHECK, reason="finite check")
+
+
+def _gradients_behind(read: Node) -> set[Node]:
+    """The GRAD marks whose values a READ mark depends on."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [read]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node is not read and len(node.args) == 3 and node.args[1] == GRAD:
+            found.add(node)
+            continue
+        stack += [n for n in node.all_input_nodes if n.op != "placeholder"]
+    return found
+
+
+def _latest(step: StepGraph, nodes: list[Node]) -> Node:
+    order = {n: i for i, n in enumerate(step.graph.nodes)}
+    return max(nodes, key=order.__getitem__)
+
+
+def _any_non_finite(edit: Editor, values: list[Node]) -> Node:
+    reason = "one verdict for the whole step"
+    stacked = edit.call(aten.stack.default, values, when=Phase.CHECK, reason=reason)
+    finite = edit.call(aten.isfinite.default, stacked, when=Phase.CHECK, reason=reason)
+    bad = edit.call(aten.logical_not.default, finite, when=Phase.CHECK, reason=reason)
+    return edit.call(aten.any.default, bad, when=Phase.CHECK, reason=reason)

@@ -1,0 +1,55 @@
+"""Erase the marks: what is left is an ordinary ATen graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from ..ir.edit import Editor
+from ..ir.graph import StepGraph, tensor
+from ..ir.marks import MARK
+from .base import GraphPass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Finish(GraphPass):
+    """Replace every mark by its value and drop what is then dead.
+
+    Functionalisation writes an in-place update as ``copy(old, new)``; where
+    both have one dtype and shape that is ``new``.
+    """
+
+    name: ClassVar[str] = "finish"
+
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        for node in list(step.graph.nodes):
+            if node.target is MARK or node.target in (aten.detach.default, aten.lift_fresh_copy.default):
+                _replace(edit, node, node.args[0])
+            elif node.target is aten.copy.default and _same(node.args[0], node.args[1]):
+                _replace(edit, node, node.args[1])
+        before = len(step.graph.nodes)
+        step.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
+        edit.removed += before - len(step.graph.nodes)
+        edit.touched.clear()
+
+
+def _replace(edit: Editor, node: Node, value: object) -> None:
+    edit.replace_uses(node, value)
+    edit.erase(node)
+
+
+def _same(a: object, b: object) -> bool:
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return False
+    x, y = tensor(a), tensor(b)
+    return x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride() and x.device == y.device
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or schema.is_mutable or node.is_impure()

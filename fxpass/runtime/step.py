@@ -1,0 +1,95 @@
+"""Runs a compiled step: fetches the live tensors it needs, and puts gradients where the user looks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .state import ScalerState
+
+
+@dataclass
+class OptimizerBinding:
+    """What one ``optimizer.step()`` of the graph reads: state in input order, then one lr per group."""
+
+    optimizer: Callable[[], Optimizer]
+    state: Sequence[tuple[int, int, str]]  # (group, position, key)
+    recreate: Callable[[Optimizer], None]  # makes missing state as a first step would
+    holds: Callable[[Optimizer], None]  # raises if a setting left what the graph assumes
+    lr: list[Tensor] = field(default_factory=list)
+    lr_values: list[float] = field(default_factory=list)
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """The live tensors, looked up anew: ``load_state_dict`` replaces them."""
+        optimizer = self.optimizer()
+        self.holds(optimizer)
+        groups, state = optimizer.param_groups, optimizer.state
+        try:
+            tensors = [state[groups[g]["params"][p]][key] for g, p, key in self.state]
+        except KeyError:
+            self.recreate(optimizer)
+            tensors = [state[groups[g]["params"][p]][key] for g, p, key in self.state]
+        return tensors + self._learning_rates(groups, device)
+
+    def _learning_rates(self, groups: list[dict[str, Any]], device: torch.device) -> list[Tensor]:
+        values = [group.get("lr", 0.0) for group in groups]
+        if not self.lr:
+            self.lr = [torch.zeros((), dtype=torch.float32, device=device) for _ in values]
+            self.lr_values = [float("nan")] * len(values)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                self.lr[index].copy_(value.reshape(()))
+            elif value != self.lr_values[index]:
+                self.lr[index].fill_(value)
+                self.lr_values[index] = value
+        return self.lr
+
+
+@dataclass
+class CompiledStep:
+    """One compiled graph of a step, callable with Dynamo's inputs."""
+
+    call: Callable[..., Any]
+    scaler: ScalerState
+    bindings: list[OptimizerBinding]
+    device: torch.device
+    outputs: int
+    kept: list[int]  # inputs whose .grad receives the outputs after the first `outputs`
+    cleared: list[tuple[int, int, int]]  # (binding, group, position) of parameters whose .grad becomes None
+    drop_grads: bool
+    nonfinite: Tensor | None
+    after: Callable[[], None]
+
+    def __call__(self, *args: Any) -> Any:
+        extras: list[Tensor] = []
+        if self.bindings:
+            self.scaler.to(self.device)
+            extras += [self.scaler.tensors[name] for name in self.scaler.fields]
+            if self.nonfinite is not None:
+                extras.append(self.nonfinite)
+        for binding in self.bindings:
+            extras += binding.inputs(self.device)
+        results = self.call(*args, *extras)
+        self._place_grads(args, results[self.outputs :])
+        for binding in self.bindings:
+            # an LR scheduler warns about the order of calls unless step() was seen
+            binding.optimizer()._opt_called = True  # type: ignore[attr-defined]
+        self.after()
+        return results[: self.outputs]
+
+    def _place_grads(self, args: Sequence[Any], grads: Sequence[Tensor]) -> None:
+        for position, grad in zip(self.kept, grads, strict=True):
+            args[position].grad = grad
+        for binding, group, position in self.cleared:
+            self.bindings[binding].optimizer().param_groups[group]["params"][position].grad = None
+        if self.drop_grads:
+            for binding in self.bindings:
+                for group in binding.optimizer().param_groups:
+                    for param in group["params"]:
+                        if param.grad is not None:
+                            param.grad = None
