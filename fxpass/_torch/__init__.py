@@ -8,6 +8,7 @@ from .dynamo import install as install
 from .dynamo import optimizer_step as optimizer_step
 from .record import FrameRecord as FrameRecord
 from .inductor import compile_graph as compile_graph
+from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import mode_settings as mode_settings
 from .handles import backend_of as backend_of
 from .handles import source_name as source_name

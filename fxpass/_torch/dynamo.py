@@ -102,7 +102,7 @@ def _fxpass_cause(error: BaseException) -> FxpassError | None:
 def _patches() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
-        stack.enter_context(dynamo_config.patch(trace_autograd_ops=True))
+        stack.enter_context(dynamo_config.patch(trace_autograd_ops=True, allow_rnn=True))
         patch(tensor.TensorVariable, "method_backward", _backward)
         patch(optimizer.OptimizerVariable, "call_method", _optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", _optimizer_var_getattr)

@@ -9,17 +9,21 @@ arrives here, after all rewrites, so options need not be in the key twice.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+
+CPU_KERNEL_ARGUMENTS = 12
 
 
 def compile_graph(
@@ -30,7 +34,7 @@ def compile_graph(
     The result takes one list of inputs, and empties it.
     """
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
-    with inductor_config.patch(dict(settings)), V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext():
+    with inductor_config.patch(dict(settings)), small_cpu_kernels(), V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext():
         lowered = decompose(gm, inputs)
         joint_graph_passes(lowered)
         from torch._inductor.utils import BoxedBool
@@ -51,6 +55,24 @@ def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     interpreter = torch.fx.Interpreter(gm)
     with fake_mode or contextlib.nullcontext(), torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         return make_fx(interpreter.run, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(*inputs)
+
+
+@contextlib.contextmanager
+def small_cpu_kernels() -> Iterator[None]:
+    """Let Inductor's C++ backend close a kernel after a few arguments instead of 500.
+
+    By default all loops between two library calls share one C++ function: for a
+    step that is one function for all parameter updates, which takes a minute to
+    compile. Small functions of repeated layers are textually equal and compiled
+    once, and their buffers are freed earlier.
+    """
+    with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", CPU_KERNEL_ARGUMENTS):
+        yield
+
+
+def cpu_has_half_gemm() -> bool:
+    """Whether this CPU multiplies float16 matrices in hardware."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) if torch.backends.mkldnn.is_available() else False
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class StepGraph:
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
     # set by check_finite, by optimizer event: a 0-d bool, true if the event must be skipped
     found_inf: dict[int, Node] = field(default_factory=dict)
-    # set by check_finite, by GRAD mark: the 0-d float32 sum of squares of the stored gradient
+    # set by check_finite, by GRAD mark: the 0-d float64 sum of squares of the stored gradient
     square_sums: dict[Node, Node] = field(default_factory=dict)
     # set by clip: the 0-d float32 norm before clipping, and whether clipping acted
     grad_norm: Node | None = None

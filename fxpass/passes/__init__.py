@@ -7,7 +7,9 @@ from .base import GraphPass
 from .cast import Cast
 from .check_finite import CheckFinite
 from .clip import Clip
+from .embedding import Embedding
 from .finish import Finish
+from .release import Release
 from .scale_loss import ScaleLoss
 from .skip import Skip
 from .unscale import Unscale
@@ -16,11 +18,13 @@ from .update_scale import UpdateScale
 PASSES: tuple[type[GraphPass], ...] = (
     ScaleLoss,  # seed of each backward * scale
     Cast,  # float16 where the policy says so
+    Embedding,  # gradients of tables by rows
     Unscale,  # gradients * 1/scale, in float32
     CheckFinite,  # one verdict over the gradients as stored
     Clip,  # global norm, clip coefficient
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Release,  # casts of backward wait for the loss
     Finish,  # erase marks and dead nodes
 )
 

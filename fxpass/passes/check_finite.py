@@ -20,11 +20,11 @@ aten = torch.ops.aten
 class CheckFinite(GraphPass):
     """Reduce each gradient once, as it leaves backward, to what the verdict and the norm need.
 
-    A float16 gradient needs only its sum of squares in float32: 65504**2 times
-    1e28 elements still fits, so the sum is finite exactly when every element
-    is (ORT checks the norm the same way). Wider dtypes also reduce max |g|,
-    which is finite exactly when every element is. The verdict of an optimizer
-    is over the gradients of all optimizers that stepped up to the same backward.
+    A gradient needs only its sum of squares: in float32 for a float16 gradient
+    (65504**2 times 1e28 elements still fits), in float64 for the others, so
+    that the sum is finite exactly when every element is (ORT checks the norm
+    the same way). The verdict of an optimizer is over the gradients of all
+    optimizers that stepped up to the same backward.
     """
 
     name: ClassVar[str] = "check_finite"
@@ -58,16 +58,15 @@ class CheckFinite(GraphPass):
         step.checked = list(finite.items())
 
     def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> Node:
-        dtype = tensor(mark).dtype
+        dtype = torch.float32 if tensor(mark).dtype is torch.float16 else torch.float64
+        reason = "norm and finite check"
         with edit.after(mark):
-            wide = edit.cast(mark, torch.float32, when=Phase.CHECK, reason="square in float32")
-            square = edit.call(aten.mul.Tensor, wide, wide, when=Phase.CHECK, reason="norm and finite check")
-            total = edit.call(aten.sum.default, square, when=Phase.CHECK, reason="norm and finite check")
-            step.square_sums[mark] = total
-            if dtype is torch.float16:
-                return total
-            magnitude = edit.call(aten.abs.default, wide, when=Phase.CHECK, reason="finite check")
-            return edit.call(aten.amax.default, magnitude, when=Phase.CHECK, reason="finite check")
+            wide = edit.cast(mark, dtype, when=Phase.CHECK, reason=reason)
+            square = edit.call(aten.mul.Tensor, wide, wide, when=Phase.CHECK, reason=reason)
+            total = edit.call(aten.sum.default, square, when=Phase.CHECK, reason=reason)
+            total = edit.cast(total, torch.float64, when=Phase.CHECK, reason=reason)
+        step.square_sums[mark] = total
+        return total
 
 
 def _gradients_behind(read: Node) -> set[Node]:

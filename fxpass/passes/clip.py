@@ -102,6 +102,7 @@ class Clip(GraphPass):
             total = edit.call(aten.sum.default, stacked, when=Phase.CHECK, reason=reason)
             if "scale" in step.scaler:
                 root = edit.call(aten.sqrt.default, total, when=Phase.CHECK, reason=reason)
+                root = edit.cast(root, torch.float32, when=Phase.CHECK, reason=reason)
                 inverse = edit.call(
                     aten.reciprocal.default, step.scaler["scale"], when=Phase.CHECK, reason=reason
                 )
@@ -119,7 +120,8 @@ class Clip(GraphPass):
         total = parts[0]
         if len(parts) == 2:
             total = edit.call(aten.add.Tensor, *parts, when=Phase.CHECK, reason=reason)
-        return edit.call(aten.sqrt.default, total, when=Phase.CHECK, reason=reason)
+        root = edit.call(aten.sqrt.default, total, when=Phase.CHECK, reason=reason)
+        return edit.cast(root, torch.float32, when=Phase.CHECK, reason=reason)
 
     def _one(self, edit: Editor, read: Node) -> Node:
         reason = "part of the global norm"

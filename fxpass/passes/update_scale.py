@@ -75,7 +75,7 @@ class _Writer:
             )
         if "nonfinite" in read:
             values = [value for _, value in self.step.checked]
-            now = self.op(aten.stack.default, values)
+            now = self.op(aten._to_copy.default, self.op(aten.stack.default, values), dtype=torch.float32)
             self.write("nonfinite", self.select(self.found, now, read["nonfinite"]))
 
     def scale(self, settings: DynamicLossScale) -> None:

@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo demo-digits test lint format bench clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: $(STAMP) ## create the virtual environment, or bring it up to date
+
+# torch first: the rest then finds its requirement met and does not ask for another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv ## train a small GPT on the standard library's source, beside torch.amp
+	$(BIN)/python examples/gpt_stdlib.py
+
+demo-digits: .venv ## train a conv net with BatchNorm on scikit-learn's digits
+	$(BIN)/python examples/digits_cnn.py
+
+test: lint ## everything that CI checks: lint, then pytest on two processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+lint: .venv ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright -p pyproject.toml
+
+format: .venv ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv ## one step beside its peers: memory, time and losses, few tokens and many
+	$(BIN)/python -m bench.step --tokens 64
+	$(BIN)/python -m bench.step --tokens 512
+
+clean: ## remove the environment, caches and outputs
+	rm -rf .venv out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

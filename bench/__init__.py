@@ -1,0 +1,1 @@
+"""Measure a training step of fxpass beside the ways people train in mixed precision today."""
