@@ -252,10 +252,10 @@ class _Compilation:
         if self.nonfinite is not None:
             self.nonfinite.resize_(len(names)) if len(names) != len(self.nonfinite) else None
             self.mp.__dict__["_nonfinite"].append((names, self.nonfinite))
+        after, unreached = to_text(step), checks.unreached(self.record)
         compiled = lower(step, inputs, self.mp, self.mode)
         self._lap("lower")
-        unreached = checks.unreached(self.record)
-        self.mp.__dict__["_graphs"].append(GraphRecord(before, to_text(step), passes, unreached, self.seconds))
+        self.mp.__dict__["_graphs"].append(GraphRecord(before, after, passes, unreached, self.seconds))
         return compiled
 
     def _lap(self, stage: str) -> None:

@@ -41,6 +41,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_value": _positive,
     "grads": _choice("drop", "keep"),
     "skip": _choice("step"),
+    "outline": _choice("auto", "off"),
     "keep_fp32": (
         lambda v: isinstance(v, tuple) and all(isinstance(p, str) for p in v),
         "a tuple of fnmatch patterns over module names",
@@ -69,6 +70,7 @@ class Options:
     clip_value: float | None = None
     grads: str = "drop"
     skip: str = "step"
+    outline: str = "auto"
     keep_fp32: tuple[str, ...] = ()
     verify: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,26 +11,64 @@ from .. import _torch
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
+from .outline import cut, find_units, run_with_updates, to_graph
 
-# The passes order the graph; Inductor's own reordering looks for the lowest peak by three
-# heuristics of the whole graph and undoes it.
-DEFAULTS = {"reorder_for_peak_memory": False}
+DEFAULTS = {
+    # The passes order the graph. Inductor's reordering picks the best of three whole-graph
+    # heuristics by an estimate that is 20 to 40 % off, and undoes that order.
+    "reorder_for_peak_memory": False,
+    # All updates read found_inf, the clip coefficient and the learning rate: of the pairs of
+    # kernels that share a buffer, nearly all share only those, and asking about each of them
+    # took half of the compile time.
+    "max_fusion_buffer_group_pairwise_attempts": 4,
+}
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
-    """Compile ``step`` as ``options.codegen`` says; the callable takes one list of inputs and returns a tuple."""
+    """Compile ``step`` as ``options.codegen`` says; the callable takes one list of inputs and returns a list."""
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
-    step.gm.recompile()
     if options.codegen == "eager":
         return _eager(step)
     settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
+    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    if options.outline == "auto" and on_cpu:
+        return _outlined(step, inputs, settings)
+    return _whole(step, inputs, settings)
+
+
+def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+    step.gm.recompile()
     placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
     static = [i for i, n in enumerate(placeholders) if step.roles[n] is not Role.INPUT]
     return _torch.compile_graph(step.gm, inputs, settings, static)
 
 
+def _outlined(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+    units = find_units(step)
+    if not units:
+        return _whole(step, inputs, settings)
+    output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
+    outputs = len(output.args[0])  # type: ignore[arg-type]
+    graphs = {unit.key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for unit in units}
+    values = {node: i for i, node in enumerate(cut(step, units))}
+    positions = {n: i for i, n in enumerate(n for n in step.graph.nodes if n.op == "placeholder")}
+    main = _whole(step, inputs, settings)
+    compiled = {
+        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes))) for key, (gm, fakes) in graphs.items()
+    }
+    updates = [
+        (
+            compiled[unit.key],
+            [(positions[n], True) if n in positions else (values[n], False) for n in unit.inputs],
+        )
+        for unit in units
+    ]
+    return run_with_updates(main, updates, outputs)
+
+
 def _eager(step: StepGraph) -> Callable[..., Any]:
+    step.gm.recompile()
     forward = step.gm.forward
 
     def run(inputs: list[Any]) -> Any:
