@@ -3,8 +3,7 @@
 Without AVX512-FP16 or AMX-FP16, oneDNN multiplies float16 matrices up to 40
 times slower than float32 ones. These operators have float16 inputs and outputs,
 as the graph says, but multiply float32 copies of one block at a time: the same
-rounding as a float16 kernel with float32 accumulation, in a scratch of a few MB
-that does not depend on the model.
+rounding as a float16 kernel with float32 accumulation, in a small scratch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 
 aten = torch.ops.aten
-BLOCK = 1 << 18  # elements of one float32 scratch block: 1 MB
+BLOCK = 1 << 17  # elements of one float32 scratch block at least (0.5 MB), an eighth of the operands if that is more
 
 _library = torch.library.Library("fxpass", "FRAGMENT")
 _library.define("half_mm(Tensor a, Tensor b) -> Tensor")
@@ -26,10 +25,11 @@ _library.define("half_addmm(Tensor bias, Tensor a, Tensor b) -> Tensor")
 def _blocked(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     out = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    rows = max(1, min(m, BLOCK // max(k, 1)))
+    block_size = max(BLOCK, (a.numel() + b.numel()) // 8)
+    rows = max(1, min(m, block_size // max(k, 1)))
     for top in range(0, m, rows):
         left = a[top : top + rows].float()
-        columns = max(1, min(n, BLOCK // max(k, left.shape[0], 1)))
+        columns = max(1, min(n, block_size // max(k, left.shape[0], 1)))
         for start in range(0, n, columns):
             block = torch.mm(left, b[:, start : start + columns].float())
             if bias is not None:
