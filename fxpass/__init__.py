@@ -1,8 +1,8 @@
 """fxpass: whole-training-step mixed precision for PyTorch, as a Dynamo backend."""
 
-from .backend import GraphRecord as GraphRecord
 from .backend import MixedPrecision as MixedPrecision
 from .backend import of as of
+from .compile import GraphRecord as GraphRecord
 from .errors import CaptureError as CaptureError
 from .errors import FxpassError as FxpassError
 from .errors import LossScaleError as LossScaleError

@@ -37,7 +37,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         '"dynamic", a number > 0 (static), None or a LossScale object',
     ),
     "max_norm": _positive,
-    "norm_type": (lambda v: _number(v) and v == 2.0 or v == math.inf, "2.0 or inf"),
+    "norm_type": (lambda v: v == math.inf or (_number(v) and v == 2.0), "2.0 or inf"),
     "clip_value": _positive,
     "grads": _choice("drop", "keep"),
     "skip": _choice("step"),
@@ -92,10 +92,10 @@ class Options:
                 raise OptionError(f"option {name}={value!r}: allowed is {allowed}")
 
     @property
-    def key(self) -> str:
-        """A text that differs whenever the generated code could: part of every cache key."""
-        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options) if f.name != "verify"}
-        return repr(sorted(shown.items(), key=lambda item: item[0]))
+    def policy(self) -> LossScale | None:
+        """``loss_scale`` as the object it stands for."""
+        assert not isinstance(self.loss_scale, (str, float, int)), "loss_scale is resolved in __post_init__"
+        return self.loss_scale
 
 
 def _loss_scale(value: Any, dtype: Any) -> Any:
@@ -104,7 +104,7 @@ def _loss_scale(value: Any, dtype: Any) -> Any:
     if isinstance(value, str) and value == "dynamic":
         return DynamicLossScale()
     if _number(value):
-        return StaticLossScale(value)
+        return StaticLossScale(float(value))
     return value
 
 

@@ -1,14 +1,16 @@
 """Every use of torch's private APIs, for torch 2.11 to 2.13. Nothing outside this folder imports them."""
 
+from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
 from .aot import grad_with_forward_links as grad_with_forward_links
 from .aot import trace as trace
 from .dynamo import current_record as current_record
 from .dynamo import install as install
 from .dynamo import optimizer_step as optimizer_step
-from .record import FrameRecord as FrameRecord
+from .handles import backend_of as backend_of
+from .handles import innermost as innermost
+from .handles import source_name as source_name
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import mode_settings as mode_settings
-from .handles import backend_of as backend_of
-from .handles import source_name as source_name
+from .record import FrameRecord as FrameRecord

@@ -24,16 +24,25 @@ Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
 def trace(gm: GraphModule, inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
-    """Hand ``gm`` as one ATen inference graph to ``compiler``; returns the callable for flat inputs."""
+    """Hand ``gm`` as one ATen inference graph to ``compiler``; returns a callable of flat inputs."""
 
     def refuse(*_: Any) -> Any:
-        hint = "return detached tensors from the step, and update only inside torch.no_grad() or optimizer.step()"
+        hint = "return detached tensors, and update only inside torch.no_grad() or optimizer.step()"
         raise CaptureError("the step's outputs or updates require grad after the step", hint=hint)
 
     aot = aot_autograd(
-        fw_compiler=refuse, inference_compiler=compiler, decompositions={}, keep_inference_input_mutations=True
+        fw_compiler=refuse,
+        inference_compiler=compiler,
+        decompositions={},
+        keep_inference_input_mutations=True,
     )
     return aot(gm, list(inputs))
+
+
+def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Tell AOTAutograd that ``run`` takes its inputs as one list, which it empties."""
+    run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+    return run
 
 
 @contextlib.contextmanager
@@ -52,6 +61,10 @@ def grad_with_forward_links(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
     """
     from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
 
-    roots = [t.grad_fn for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.grad_fn is not None]
+    roots = [
+        t.grad_fn
+        for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs])
+        if t.grad_fn is not None
+    ]
     setup_stacktrace_preservation_hooks(roots)
     return torch.autograd.grad(outputs, inputs, **kwargs)

@@ -176,7 +176,12 @@ def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:
 
 
 def _backward(
-    self: Any, tx: Any, gradient: Any = None, retain_graph: Any = None, create_graph: Any = None, inputs: Any = None
+    self: Any,
+    tx: Any,
+    gradient: Any = None,
+    retain_graph: Any = None,
+    create_graph: Any = None,
+    inputs: Any = None,
 ) -> Any:
     """``loss.backward()`` as ``autograd.grad`` over the frame's leaves, gradients added to ``.grad``."""
     record = _record()
@@ -189,7 +194,9 @@ def _backward(
     if not leaves:
         return ConstantVariable.create(None)
     with _no_grad(tx):
-        seed = gradient if gradient is not None and not _is_none(gradient) else _call(tx, torch.ones_like, self)
+        seed = (
+            gradient if gradient is not None and not _is_none(gradient) else _call(tx, torch.ones_like, self)
+        )
         seed = _call(tx, MARK, seed, SEED, number)
     kwargs = {"allow_unused": True, "grad_outputs": seed}
     if retain_graph is not None:
@@ -281,7 +288,12 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None) -> Any:
     dynamic = _hyperparameters(self, tx)
     record.events.append(
         StepEvent(
-            index, weakref.ref(self.value), params, [d for d, _ in dynamic], user_line(), len(record.backwards)
+            index,
+            weakref.ref(self.value),
+            params,
+            [d for d, _ in dynamic],
+            user_line(),
+            len(record.backwards),
         )
     )
     arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])

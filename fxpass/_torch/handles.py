@@ -9,7 +9,9 @@ from typing import Any
 from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
 from torch.fx import Node
 
-_ACCESS = re.compile(r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\._buffers\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)")
+_ACCESS = re.compile(
+    r"\._modules\['([^']+)'\]|\._parameters\['([^']+)'\]|\._buffers\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)"
+)
 
 
 def backend_of(compiled: Callable[..., Any]) -> Any | None:
@@ -17,7 +19,11 @@ def backend_of(compiled: Callable[..., Any]) -> Any | None:
     context = compiled.dynamo_ctx if isinstance(compiled, OptimizedModule) else _context_of(compiled)
     if context is None:
         return None
-    backend = context.callback
+    return innermost(context.callback)
+
+
+def innermost(backend: Any) -> Any:
+    """The object that ``torch.compile`` was given or made, inside Dynamo's wrappers."""
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     return backend

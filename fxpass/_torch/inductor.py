@@ -14,15 +14,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
-from torch._guards import TracingContext
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 CPU_KERNEL_ARGUMENTS = 12
 
@@ -35,7 +36,12 @@ def compile_graph(
     The result takes one list of inputs, and empties it.
     """
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
-    with inductor_config.patch(dict(settings)), small_cpu_kernels(), no_output_strides(), V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext():
+    with (
+        inductor_config.patch(dict(settings)),
+        small_cpu_kernels(),
+        no_output_strides(),
+        V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),
+    ):
         lowered = decompose(gm, inputs)
         joint_graph_passes(lowered)
         from torch._inductor.utils import BoxedBool
@@ -54,8 +60,10 @@ def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Inductor's decompositions applied to ``gm``."""
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
     interpreter = torch.fx.Interpreter(gm)
-    with fake_mode or contextlib.nullcontext(), torch.no_grad(), torch.fx.traceback.preserve_node_meta():
-        return make_fx(interpreter.run, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(*inputs)
+    with fake_mode or contextlib.nullcontext(), torch.no_grad(), preserve_node_meta():
+        return make_fx(interpreter.run, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(
+            *inputs
+        )
 
 
 @contextlib.contextmanager
@@ -84,7 +92,9 @@ def small_cpu_kernels() -> Iterator[None]:
 
 def cpu_has_half_gemm() -> bool:
     """Whether this CPU multiplies float16 matrices in hardware."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) if torch.backends.mkldnn.is_available() else False
+    return (
+        bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) if torch.backends.mkldnn.is_available() else False
+    )
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class Colour(str, Enum):
 
 
 # Arguments (by schema name) that keep their dtype whatever the colour.
-PINNED_ARGUMENTS = frozenset({"logsumexp", "running_mean", "running_var", "save_mean", "save_invstd", "save_var"})
+PINNED_ARGUMENTS = frozenset(
+    {"logsumexp", "running_mean", "running_var", "save_mean", "save_invstd", "save_var"}
+)
 
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})

@@ -30,7 +30,9 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
     if record.backwards and not record.events:
         if not record.leaf_grads:
             found = "backward() reached no parameter: nothing in the loss requires grad as seen by the compiled step"
-            raise CaptureError(found, where=record.backwards[0], hint="check requires_grad of the model's parameters")
+            raise CaptureError(
+                found, where=record.backwards[0], hint="check requires_grad of the model's parameters"
+            )
         hint = "call optimizer.step() in the compiled function, after backward(); put an accumulation loop inside it"
         raise CaptureError(
             f"gradients leave the graph without an optimizer step; {broke} optimizer.step()",

@@ -49,7 +49,9 @@ def check(optimizer: Optimizer, where: str) -> None:
 
     for number, group in enumerate(optimizer.param_groups):
         if group.get("fused"):
-            hint = f"build {name} without fused=True; fxpass fuses the update with unscale, clip and skip itself"
+            hint = (
+                f"build {name} without fused=True; fxpass fuses the update with unscale, clip and skip itself"
+            )
             raise refuse(f"{name} was built with fused=True (param group {number})", hint)
         if group.get("differentiable"):
             raise refuse(f"{name} was built with differentiable=True", "build it with differentiable=False")
@@ -59,7 +61,9 @@ def check(optimizer: Optimizer, where: str) -> None:
                 raise refuse(f"a complex parameter of shape {tuple(param.shape)} in {name}", hint)
             if param.dtype in (torch.float16, torch.bfloat16):
                 hint = "keep the model in float32 (model.float()); fxpass computes in low precision by itself"
-                raise refuse(f"a parameter of dtype {param.dtype} and shape {tuple(param.shape)} in {name}", hint)
+                raise refuse(
+                    f"a parameter of dtype {param.dtype} and shape {tuple(param.shape)} in {name}", hint
+                )
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         hint = "call what the hook does in the step itself, or before and after the compiled step"
         raise refuse(f"{name} has step hooks registered, which would not run", hint)
@@ -90,7 +94,9 @@ def create_state(optimizer: Optimizer, places: Sequence[tuple[int, int]], where:
             if state:
                 optimizer.state[param] = state
         for group, position in places:
-            _numbers_to_tensors(optimizer.state.get(parameter(optimizer, group, position), {}), optimizer, group, position)
+            _numbers_to_tensors(
+                optimizer.state.get(parameter(optimizer, group, position), {}), optimizer, group, position
+            )
     except BaseException:
         undo()
         raise
@@ -154,7 +160,11 @@ def _initial_state_of_user(optimizer: Optimizer, group: int, param: Tensor, wher
         seen.append(state[proxy].first if proxy in state else {})
     for key, value in seen[0].items():
         other = seen[1].get(key)
-        same = torch.equal(value, other) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
+        same = (
+            torch.equal(value, other)
+            if isinstance(value, Tensor) and isinstance(other, Tensor)
+            else value == other
+        )
         if not same:
             hint = f"initialise state[{key!r}] (with zeros, say) before the first gradient enters it"
             found = f"{type(optimizer).__name__} creates state[{key!r}] from the gradient itself"
@@ -203,7 +213,11 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
     trace took for granted.
     """
     groups, state = _traced_groups(optimizer, tensors), _traced_state(optimizer, tensors)
-    before = {name: value for name, value in optimizer.__dict__.items() if name not in ("state", "param_groups", "step")}
+    before = {
+        name: value
+        for name, value in optimizer.__dict__.items()
+        if name not in ("state", "param_groups", "step")
+    }
     settings = [dict(group) for group in groups]
     stand_in = _stand_in(optimizer, groups, state)
     values = [_setting(optimizer, *at) for at, _ in tensors.dynamic]
@@ -260,7 +274,11 @@ def _setting(optimizer: Optimizer, group: int, key: str, position: int | None) -
 
 
 def _write_back(
-    tensors: StepTensors, state: defaultdict[Any, dict[str, Any]], first: int, optimizer: Optimizer, where: str
+    tensors: StepTensors,
+    state: defaultdict[Any, dict[str, Any]],
+    first: int,
+    optimizer: Optimizer,
+    where: str,
 ) -> None:
     by_place = dict(zip(tensors.places, tensors.params, strict=True))
     news = list(zip(tensors.params, tensors.params, strict=True))
@@ -274,7 +292,13 @@ def _write_back(
                 found = f"{type(optimizer).__name__} creates state[{key!r}] after the first step"
                 raise OptimizerError(found, where=where, hint=hint)
     for number, (old, new) in enumerate(news):
-        old.copy_(mark(new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new), UPDATE, first + number))
+        old.copy_(
+            mark(
+                new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new),
+                UPDATE,
+                first + number,
+            )
+        )
     for param in tensors.params:
         param.grad = None
 
@@ -290,7 +314,9 @@ def _refuse_hidden_state(
     hint = "keep what changes from step to step in optimizer.state[parameter], as tensors"
     for name, value in stand_in.__dict__.items():
         if name not in ("state", "param_groups") and before.get(name, stand_in) is not value:
-            found = f"{type(optimizer).__name__}.step() changes self.{name}, which a compiled step cannot follow"
+            found = (
+                f"{type(optimizer).__name__}.step() changes self.{name}, which a compiled step cannot follow"
+            )
             raise OptimizerError(found, where=where, hint=hint)
     for now, then in zip(groups, settings, strict=True):
         for key, value in now.items():

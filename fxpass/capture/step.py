@@ -52,9 +52,7 @@ class Captured:
     update_slots: list[tuple[int, str]] = field(default_factory=list)  # (event, placeholder) per UPDATE mark
 
 
-def capture(
-    gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool
-) -> Captured:
+def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool) -> Captured:
     """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it."""
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -101,7 +99,9 @@ class _ExtraInputs:
         return node
 
 
-def _expand_optimizer(node: Node, record: Any, captured: Captured, inputs: _ExtraInputs, by_name: dict[str, Node]) -> None:
+def _expand_optimizer(
+    node: Node, record: Any, captured: Captured, inputs: _ExtraInputs, by_name: dict[str, Node]
+) -> None:
     index, params, grads, dynamic = node.args
     found = record.events[index]  # type: ignore[index]
     optimizer = found.live()
@@ -117,7 +117,9 @@ def _expand_optimizer(node: Node, record: Any, captured: Captured, inputs: _Extr
 
     def expand(params: Any, grads: Any, state: Any, lr: Any, dynamic: Any) -> None:
         pairs = list(zip(event.dynamic, dynamic, strict=True))
-        tensors = optim.StepTensors(places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs)
+        tensors = optim.StepTensors(
+            places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs
+        )
         with torch.fx.traceback.annotate({"fxpass": "update"}):
             event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
 
@@ -142,7 +144,9 @@ def _param_name(by_name: dict[str, Node], found: Any, key: optim.StateKey) -> st
     return "?"
 
 
-def _finish_outputs(graph: Graph, record: Any, captured: Captured, by_name: dict[str, Node], keep_grads: bool) -> None:
+def _finish_outputs(
+    graph: Graph, record: Any, captured: Captured, by_name: dict[str, Node], keep_grads: bool
+) -> None:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     (values,) = output.args
     results = []
@@ -178,7 +182,9 @@ def to_step(captured: Captured, gm: GraphModule, names: Sequence[str]) -> StepGr
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     dynamo = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(dynamo):
-        raise CaptureError(f"AOTAutograd changed the inputs of the step ({len(dynamo)} to {len(placeholders)})")
+        raise CaptureError(
+            f"AOTAutograd changed the inputs of the step ({len(dynamo)} to {len(placeholders)})"
+        )
     by_name = {d.name: p for d, p in zip(dynamo, placeholders, strict=True)}
     for node in captured.parameters:
         step.roles[by_name[node.name]] = Role.PARAMETER

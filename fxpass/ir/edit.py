@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,24 @@ class Editor:
         self.touched.discard(node)
         self.removed += 1
 
-    def inherit(self, new: Node, old: Node) -> None:
-        """``new`` stands for ``old`` from now on: the same phase."""
-        new.meta["fxpass_phase"] = phase(old)
+    def first(self, nodes: Iterable[Node]) -> Node | None:
+        """Whichever of ``nodes`` comes first in the graph."""
+        wanted = set(nodes)
+        return next((n for n in self.step.graph.nodes if n in wanted), None)
+
+    def hoist(self, node: Node, before: Node) -> bool:
+        """Move ``node``, with what it needs, before ``before``; False if it needs an optimizer's new value."""
+        order = {n: i for i, n in enumerate(self.step.graph.nodes)}
+        late = {node}
+        stack = [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if order[source] > order[before] and source not in late:
+                    late.add(source)
+                    stack.append(source)
+        late = {n for n in late if order[n] > order[before]}
+        if before in late or any(phase(n) is Phase.UPDATE for n in late):
+            return False
+        for moved in sorted(late, key=order.__getitem__):
+            before.prepend(moved)
+        return True

@@ -78,7 +78,9 @@ class StepGraph:
     square_sums: dict[Node, Node] = field(default_factory=dict)
     # set by clip: the 0-d float32 norm before clipping, and whether clipping acted
     grad_norm: Node | None = None
-    checked: list[tuple[Node, Node]] = field(default_factory=list)  # (GRAD mark, the value whose finiteness decides)
+    checked: list[tuple[Node, Node]] = field(
+        default_factory=list
+    )  # (GRAD mark, the value whose finiteness decides)
     clipped: Node | None = None
 
     @property
@@ -92,8 +94,8 @@ class StepGraph:
 
     def marks(self, role: str) -> list[Node]:
         """The mark nodes of one role, in the order of their index."""
-        found = [n for n in self.graph.nodes if n.target is MARK and n.args[1] == role]
-        return sorted(found, key=lambda n: n.args[2])  # type: ignore[arg-type, return-value]
+        found = {n.args[2]: n for n in self.graph.nodes if n.target is MARK and n.args[1] == role}
+        return [found[index] for index in sorted(found)]
 
     def nodes(self) -> Iterator[Node]:
         """The computing nodes, in order."""
@@ -105,10 +107,18 @@ def val(node: Node) -> Any:
     return node.meta["val"]
 
 
-def tensor(node: Node) -> torch.Tensor:
+def tensor(node: object) -> torch.Tensor:
     """The fake tensor of a single-valued node."""
+    assert isinstance(node, Node), f"{node!r} is not a node"
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), f"{node.name} is not a tensor but {type(value).__name__}"
+    return value
+
+
+def source(node: Node, index: int = 0) -> Node:
+    """The node that is argument ``index`` of ``node``."""
+    value = node.args[index]
+    assert isinstance(value, Node), f"argument {index} of {node.name} is {value!r}, not a node"
     return value
 
 

@@ -35,7 +35,11 @@ def node_text(node: Node) -> str:
         return f"{node.name}: {type_text(node.meta.get('val'))}"
     if node.op == "output":
         return f"return {node.args[0]}"
-    target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", "?")
+    target = (
+        str(node.target)
+        if isinstance(node.target, torch._ops.OpOverload)
+        else getattr(node.target, "__name__", "?")
+    )
     arguments = [str(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()]
     made = origin(node)
     note = node.meta["fxpass_phase"].value if "fxpass_phase" in node.meta else ""

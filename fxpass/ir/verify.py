@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..errors import VerifyError
-from .graph import Phase, StepGraph, phase
+from .graph import Phase, StepGraph, phase, tensor
 
 aten = torch.ops.aten
+Fail = Callable[[Node, str], VerifyError]
 
 
 def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> None:
@@ -35,25 +35,36 @@ def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> Non
             if source not in seen:
                 raise fail(node, f"{source.name} is used before it is computed")
         seen.add(node)
-        if node.op == "output":
-            continue
-        if "val" not in node.meta:
-            raise fail(node, "it has no value")
-        if not isinstance(node.meta.get("fxpass_phase"), Phase):
-            raise fail(node, "it has no phase")
+        _check_metadata(node, fail)
         if node.target is aten.copy_.default:
-            target = node.args[0]
-            if not isinstance(target, Node) or target.op != "placeholder":
-                raise fail(node, "copy_ to something that is not an input")
-            if target in written:
-                raise fail(node, f"input {target.name} is written twice")
-            written.add(target)
+            _check_write(node, written, fail)
     for node in touched:
         if node.op == "call_function" and node in seen and phase(node) is not Phase.OUTPUT:
             _check_value(node, fail)
 
 
-def _check_value(node: Node, fail: Any) -> None:
+def _check_metadata(node: Node, fail: Fail) -> None:
+    if node.op == "output":
+        return
+    if "val" not in node.meta:
+        raise fail(node, "it has no value")
+    if not isinstance(node.meta.get("fxpass_phase"), Phase):
+        raise fail(node, "it has no phase")
+
+
+def _check_write(node: Node, written: set[Node], fail: Fail) -> None:
+    target = node.args[0]
+    if not isinstance(target, Node) or target.op != "placeholder":
+        raise fail(node, "copy_ to something that is not an input")
+    if target in written:
+        raise fail(node, f"input {target.name} is written twice")
+    written.add(target)
+    new, old = tensor(node.args[1]), tensor(target)
+    if new.dtype != old.dtype:
+        raise fail(node, f"input {target.name} is {old.dtype} and would be written {new.dtype}")
+
+
+def _check_value(node: Node, fail: Fail) -> None:
     args, kwargs = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     fakes = [a for a in tree_flatten((args, kwargs))[0] if hasattr(a, "fake_mode")]
     if not fakes or not callable(node.target) or node.target is aten.copy_.default:
@@ -65,4 +76,6 @@ def _check_value(node: Node, fail: Any) -> None:
             raise fail(node, f"it cannot be computed from its inputs: {error}") from error
     for new, old in zip(tree_flatten(found)[0], tree_flatten(node.meta["val"])[0], strict=True):
         if isinstance(new, torch.Tensor) and (new.dtype != old.dtype or new.shape != old.shape):
-            raise fail(node, f"its value is {new.dtype} {tuple(new.shape)}, recorded {old.dtype} {tuple(old.shape)}")
+            raise fail(
+                node, f"its value is {new.dtype} {tuple(new.shape)}, recorded {old.dtype} {tuple(old.shape)}"
+            )

@@ -25,7 +25,7 @@ DEFAULTS = {
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
-    """Compile ``step`` as ``options.codegen`` says; the callable takes one list of inputs and returns a list."""
+    """Compile ``step`` as ``options.codegen`` says; the callable takes one list of inputs."""
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
     if options.codegen == "eager":
@@ -49,13 +49,14 @@ def _outlined(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any
     if not units:
         return _whole(step, inputs, settings)
     output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
-    outputs = len(output.args[0])  # type: ignore[arg-type]
+    outputs = len(output.args[0])
     graphs = {unit.key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for unit in units}
     values = {node: i for i, node in enumerate(cut(step, units))}
     positions = {n: i for i, n in enumerate(n for n in step.graph.nodes if n.op == "placeholder")}
     main = _whole(step, inputs, settings)
     compiled = {
-        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes))) for key, (gm, fakes) in graphs.items()
+        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)))
+        for key, (gm, fakes) in graphs.items()
     }
     updates = [
         (
@@ -77,5 +78,4 @@ def _eager(step: StepGraph) -> Callable[..., Any]:
         with torch.no_grad():
             return forward(*values)
 
-    run._boxed_call = True  # type: ignore[attr-defined] - AOTAutograd's name for "takes one list"
-    return run
+    return _torch.boxed(run)

@@ -15,7 +15,9 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 
 aten = torch.ops.aten
-BLOCK = 1 << 17  # elements of one float32 scratch block at least (0.5 MB), an eighth of the operands if that is more
+BLOCK = (
+    1 << 17
+)  # elements of one float32 scratch block at least (0.5 MB), an eighth of the operands if that is more
 
 _library = torch.library.Library("fxpass", "FRAGMENT")
 _library.define("half_mm(Tensor a, Tensor b) -> Tensor")

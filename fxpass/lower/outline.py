@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
+from .. import _torch
 from ..ir.graph import Phase, Role, StepGraph, origin, phase
 
 aten = torch.ops.aten
@@ -36,7 +38,12 @@ def find_units(step: StepGraph) -> list[Unit]:
     units = []
     for writes in groups:
         body = set().union(*(_body(w) for w in writes))
-        if any(user not in body for node in body for user in node.users if user.target is not aten.copy_.default and phase(node) is Phase.UPDATE):
+        if any(
+            user not in body
+            for node in body
+            for user in node.users
+            if user.target is not aten.copy_.default and phase(node) is Phase.UPDATE
+        ):
             continue
         nodes = sorted(body, key=order.__getitem__) + sorted(writes, key=order.__getitem__)
         inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in body))
@@ -81,14 +88,16 @@ def _belongs(node: Node) -> bool:
     if node.op != "call_function":
         return False
     made = origin(node)
-    return phase(node) is Phase.UPDATE or (made is not None and made.pass_name == "unscale" and phase(node) is Phase.GRADIENT)
+    return phase(node) is Phase.UPDATE or (
+        made is not None and made.pass_name == "unscale" and phase(node) is Phase.GRADIENT
+    )
 
 
 def _key(nodes: list[Node], inputs: list[Node]) -> str:
     names = {n: f"i{k}" for k, n in enumerate(inputs)} | {n: f"n{k}" for k, n in enumerate(nodes)}
     shown = [_type(n) for n in inputs]
     for node in nodes:
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
         shown.append(f"{node.target}{args}{kwargs}")
     return "\n".join(shown)
 
@@ -126,7 +135,7 @@ def cut(step: StepGraph, units: list[Unit]) -> list[Node]:
             if not node.users:
                 step.graph.erase_node(node)
     values = list(dict.fromkeys(n for unit in units for n in unit.inputs if n.op != "placeholder"))
-    output.args = ((*output.args[0], *values),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *values),)
     step.graph.eliminate_dead_code()
     return values
 
@@ -134,8 +143,10 @@ def cut(step: StepGraph, units: list[Unit]) -> list[Node]:
 def run_with_updates(
     main: Callable[..., Any], updates: list[tuple[Callable[..., Any], list[tuple[int, bool]]]], outputs: int
 ) -> Callable[..., Any]:
-    """Run ``main``, then each update on its (position, whether of an input or of a value ``main`` returned)."""
-    last_use = {p: number for number, (_, reads) in enumerate(updates) for p, is_input in reads if not is_input}
+    """Run ``main``, then each update on its (position, whether it is one of an input or of ``main``'s results)."""
+    last_use = {
+        p: number for number, (_, reads) in enumerate(updates) for p, is_input in reads if not is_input
+    }
     dying = [[p for p, last in last_use.items() if last == number] for number in range(len(updates))]
 
     def run(inputs: list[Any]) -> Any:
@@ -150,5 +161,4 @@ def run_with_updates(
                 values[p] = None
         return results
 
-    run._boxed_call = True  # type: ignore[attr-defined] - AOTAutograd's name for "takes one list"
-    return run
+    return _torch.boxed(run)

@@ -87,16 +87,25 @@ class _Caster:
         floats = [n for n in node.all_input_nodes if is_float(n)]
         when = phase(node)
         if node.target is aten.copy_.default:
-            self._cast_args(node, lambda n, _: tensor(node.args[0]).dtype if n is not node.args[0] else None, "stored value")  # type: ignore[arg-type]
+            self._cast_args(
+                node,
+                lambda n, _: tensor(node.args[0]).dtype if n is not node.args[0] else None,
+                "stored value",
+            )  # type: ignore[arg-type]
         elif not floats:
             return
         elif node.target is MARK and node.args[1] in (SEED, GRAD):
             self._visit_mark(node)
         elif when in (Phase.GRADIENT, Phase.UPDATE):
-            self._cast_args(node, lambda n, _: torch.float32 if n in self.original else None, "gradients meet in float32")
+            self._cast_args(
+                node, lambda n, _: torch.float32 if n in self.original else None, "gradients meet in float32"
+            )
         else:
             self._apply(node, self._colour(node))
-        if any(tensor(n).dtype != self.original.get(n, tensor(n).dtype) for n in floats) or node in self.edit.touched:
+        if (
+            any(tensor(n).dtype != self.original.get(n, tensor(n).dtype) for n in floats)
+            or node in self.edit.touched
+        ):
             self._refresh(node)
 
     def _visit_mark(self, node: Node) -> None:
@@ -128,10 +137,18 @@ class _Caster:
 
     def _apply(self, node: Node, colour: Colour) -> None:
         name = op_name(node.target)
-        if any(n.meta["val"].dtype is torch.float64 for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)):
+        if any(
+            n.meta["val"].dtype is torch.float64
+            for n in node.all_input_nodes
+            if isinstance(n.meta.get("val"), torch.Tensor)
+        ):
             return
         if colour is Colour.LOW:
-            self._cast_args(node, lambda n, arg: None if arg in PINNED_ARGUMENTS else self.low, f"{name} runs in {self.low}")
+            self._cast_args(
+                node,
+                lambda n, arg: None if arg in PINNED_ARGUMENTS else self.low,
+                f"{name} runs in {self.low}",
+            )
         elif colour is Colour.HIGH:
             self._cast_args(node, lambda n, arg: torch.float32, f"{name} runs in float32")
         elif colour is Colour.NORM:
@@ -186,7 +203,9 @@ class _Caster:
                 when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
                 self.memo[key] = self.edit.cast(source, dtype, when=when, reason=reason)
             if (new := self.memo[key]) is not source and tensor(source).dtype is not torch.float32:
-                self.memo.setdefault((new, tensor(source).dtype, None), source)  # widening is exact: casting back is free
+                self.memo.setdefault(
+                    (new, tensor(source).dtype, None), source
+                )  # widening is exact: casting back is free
         return self.memo[key]
 
     def _refresh(self, node: Node) -> None:
@@ -202,7 +221,9 @@ class _Caster:
     def _restore_outputs(self, output: Node) -> None:
         for source in list(output.all_input_nodes):
             if source in self.original and tensor(source).dtype != self.original[source]:
-                new = self._cast(output, source, self.original[source], "outputs keep the dtype of the uncompiled step")
+                new = self._cast(
+                    output, source, self.original[source], "outputs keep the dtype of the uncompiled step"
+                )
                 output.replace_input_with(source, new)
 
 
@@ -218,7 +239,13 @@ def _only_low_users(node: Node) -> bool:
         name = op_name(user.target)
         if colour_of(user.target) is Colour.LOW or name == "_softmax_backward_data":
             continue
-        passes_on = name in VIEWS or name in ("native_dropout", "clone", "_unsafe_view", "mul", "native_dropout_backward")
+        passes_on = name in VIEWS or name in (
+            "native_dropout",
+            "clone",
+            "_unsafe_view",
+            "mul",
+            "native_dropout_backward",
+        )
         if not (passes_on and _only_low_users(user)):
             return False
     return bool(node.users)

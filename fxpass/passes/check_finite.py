@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
-from ..ir.marks import GRAD, READ
+from ..ir.marks import GRAD, MARK, READ
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -41,19 +41,18 @@ class CheckFinite(GraphPass):
         if not finite:
             edit.decline("no gradient reaches an optimizer")
             return
-        last = max([*finite.values()], key=list(step.graph.nodes).index)
         verdicts: dict[int, Node] = {}
         for event, backwards in enumerate(step.backwards_before):
-            if backwards in verdicts:
-                step.found_inf[event] = verdicts[backwards]
-                continue
-            reads = [
-                r for r, e in zip(sources, step.read_events, strict=True) if step.backwards_before[e] <= backwards
-            ]
-            marks = [m for m in finite if any(m in sources[r] for r in reads)]
-            anchor = last if backwards == max(step.backwards_before) else _latest(step, [finite[m] for m in marks])
-            with edit.after(anchor):
-                verdicts[backwards] = _any_non_finite(edit, [finite[m] for m in marks])
+            if backwards not in verdicts:
+                events = {e for e, b in enumerate(step.backwards_before) if b <= backwards}
+                read = [
+                    found
+                    for (_, found), e in zip(sources.items(), step.read_events, strict=True)
+                    if e in events
+                ]
+                values = [value for mark, value in finite.items() if any(mark in found for found in read)]
+                with edit.after(_latest(step, values)):
+                    verdicts[backwards] = _any_non_finite(edit, values)
             step.found_inf[event] = verdicts[backwards]
         step.checked = list(finite.items())
 
@@ -79,7 +78,7 @@ def _gradients_behind(read: Node) -> set[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if node is not read and len(node.args) == 3 and node.args[1] == GRAD:
+        if node.target is MARK and node.args[1] == GRAD:
             found.add(node)
             continue
         stack += [n for n in node.all_input_nodes if n.op != "placeholder"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.graph import Phase, StepGraph, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, READ
 from .base import GraphPass
 
@@ -34,126 +34,97 @@ class Clip(GraphPass):
     clip_value: float | None = None
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        reads = step.marks(READ)
-        if not step.trains or not step.found_inf:
+        if not step.found_inf:
             edit.decline("no optimizer step")
             return
-        last = step.found_inf[max(step.found_inf)]
-        groups = sorted(set(step.backwards_before))
-        for backwards in groups:
-            members = [
-                r for r, e in zip(reads, step.read_events, strict=True) if step.backwards_before[e] == backwards
-            ]
-            self._clip_group(step, edit, members, last if backwards == groups[-1] else None)
+        reads = list(zip(step.marks(READ), step.read_events, strict=True))
+        for backwards in sorted(set(step.backwards_before)):
+            group = [r for r, event in reads if step.backwards_before[event] == backwards]
+            group = [r for r in group if tensor(r).numel() != 0]
+            if group:
+                self._clip_group(step, edit, group)
         if self.max_norm is None:
             edit.decline("max_norm is None: the norm is only reported")
 
-    def _clip_group(self, step: StepGraph, edit: Editor, reads: list[Node], anchor: Node | None) -> None:
-        anchor = _latest(step, [*reads, *([anchor] if anchor else []), *step.square_sums.values()] if anchor else reads)
-        with edit.after(anchor):
-            norm = self._norm(step, edit, reads)
+    def _clip_group(self, step: StepGraph, edit: Editor, reads: list[Node]) -> None:
+        """Clip what the optimizers between two backwards read, by their common norm."""
+        first_update = edit.first(n for r in reads for n in r.users if phase(n) is Phase.UPDATE)
+        if first_update is None or not all(edit.hoist(read, first_update) for read in reads):
+            edit.decline("a gradient depends on an earlier optimizer's update: left unclipped")
+            return
+        with edit.before(first_update):
+            values = {read: self._clamp(edit, read) for read in reads}
+            step.grad_norm = self._norm(step, edit, {read: read for read in reads})
             coef = None
             if self.max_norm is not None:
-                reason = f"clip by global norm {self.max_norm}"
-                padded = edit.call(aten.add.Tensor, norm, EPS, when=Phase.CHECK, reason=reason)
-                inverse = edit.call(aten.reciprocal.default, padded, when=Phase.CHECK, reason=reason)
-                ratio = edit.call(aten.mul.Tensor, inverse, self.max_norm, when=Phase.CHECK, reason=reason)
-                coef = edit.call(aten.clamp_max.default, ratio, 1.0, when=Phase.CHECK, reason=reason)
-                step.clipped = edit.call(
-                    aten.gt.Scalar, norm, self.max_norm, when=Phase.CHECK, reason="count clipped steps"
-                )
-            step.grad_norm = norm
-        for read in reads:
-            if self.clip_value is None and coef is None:
-                break
-            self._apply(edit, read, coef)
+                norm = step.grad_norm if self.clip_value is None else self._norm(step, edit, values)
+                coef = self._coefficient(step, edit, norm, self.max_norm)
+        for read, value in values.items():
+            self._apply(edit, read, value, coef)
 
-    def _apply(self, edit: Editor, read: Node, coef: Node | None) -> None:
-        users = [u for u in read.users if u.meta["fxpass_phase"] is Phase.UPDATE]
-        first = next((n for n in _following(read) if n in users), None)
-        if first is None:
+    def _clamp(self, edit: Editor, read: Node) -> Node:
+        if self.clip_value is None:
+            return read
+        reason = f"clip by value {self.clip_value}"
+        limits = (-self.clip_value, self.clip_value)
+        return edit.call(aten.clamp.default, read, *limits, when=Phase.UPDATE, reason=reason)
+
+    def _coefficient(self, step: StepGraph, edit: Editor, norm: Node, max_norm: float) -> Node:
+        def call(target: Any, *args: object) -> Node:
+            return edit.call(target, *args, when=Phase.CHECK, reason=f"clip by global norm {max_norm}")
+
+        step.clipped = call(aten.gt.Scalar, norm, max_norm)
+        inverse = call(aten.reciprocal.default, call(aten.add.Tensor, norm, EPS))
+        return call(aten.clamp_max.default, call(aten.mul.Tensor, inverse, max_norm), 1.0)
+
+    def _apply(self, edit: Editor, read: Node, value: Node, coef: Node | None) -> None:
+        users = [u for u in read.users if phase(u) is Phase.UPDATE and u is not value]
+        first = edit.first(users)
+        if first is None or (coef is None and value is read):
             return
-        with edit.before(first):
-            value: Node = read
-            if self.clip_value is not None:
-                reason = f"clip by value {self.clip_value}"
-                value = edit.call(
-                    aten.clamp.default, value, -self.clip_value, self.clip_value, when=Phase.UPDATE, reason=reason
-                )
-            if coef is not None:
-                reason = f"clip by global norm {self.max_norm}"
+        if coef is not None:
+            reason = f"clip by global norm {self.max_norm}"
+            with edit.before(first):
                 value = edit.call(aten.mul.Tensor, value, coef, when=Phase.UPDATE, reason=reason)
         edit.replace_uses(read, value, keep=lambda user: user not in users)
 
-    def _norm(self, step: StepGraph, edit: Editor, reads: list[Node]) -> Node:
+    def _norm(self, step: StepGraph, edit: Editor, values: dict[Node, Node]) -> Node:
+        """The float32 norm of ``values`` (by READ mark), from the finite check's sums of squares if it can."""
+
+        def call(target: Any, *args: object) -> Node:
+            return edit.call(target, *args, when=Phase.CHECK, reason="global norm before clipping")
+
+        if self.norm_type == math.inf:
+            largest = [call(aten.amax.default, call(aten.abs.default, v)) for v in values.values()]
+            return call(aten.amax.default, call(aten.stack.default, largest))
         scaled, plain = [], []
-        for read in reads:
+        for read, value in values.items():
             mark = _unscaled_mark(read)
-            if tensor(read).numel() == 0:
-                continue
-            if self.norm_type == 2.0 and mark in step.square_sums and self.clip_value is None:
+            if value is read and mark in step.square_sums:
                 scaled.append(step.square_sums[mark])
             else:
-                plain.append(self._one(edit, read))
-        reason = "global norm before clipping"
-        parts = []
-        if scaled:
-            stacked = edit.call(aten.stack.default, scaled, when=Phase.CHECK, reason=reason)
-            total = edit.call(aten.sum.default, stacked, when=Phase.CHECK, reason=reason)
-            if "scale" in step.scaler:
-                root = edit.call(aten.sqrt.default, total, when=Phase.CHECK, reason=reason)
-                root = edit.cast(root, torch.float32, when=Phase.CHECK, reason=reason)
-                inverse = edit.call(
-                    aten.reciprocal.default, step.scaler["scale"], when=Phase.CHECK, reason=reason
-                )
-                root = edit.call(aten.mul.Tensor, root, inverse, when=Phase.CHECK, reason="unscaled norm")
-                if not plain:
-                    return root
-                total = edit.call(aten.mul.Tensor, root, root, when=Phase.CHECK, reason=reason)
-            parts.append(total)
-        if plain:
-            stacked = edit.call(aten.stack.default, plain, when=Phase.CHECK, reason=reason)
-            reduce = aten.amax.default if self.norm_type == math.inf else aten.sum.default
-            parts.append(edit.call(reduce, stacked, when=Phase.CHECK, reason=reason))
-        if self.norm_type == math.inf:
-            return parts[0]
-        total = parts[0]
-        if len(parts) == 2:
-            total = edit.call(aten.add.Tensor, *parts, when=Phase.CHECK, reason=reason)
-        root = edit.call(aten.sqrt.default, total, when=Phase.CHECK, reason=reason)
-        return edit.cast(root, torch.float32, when=Phase.CHECK, reason=reason)
-
-    def _one(self, edit: Editor, read: Node) -> Node:
-        reason = "part of the global norm"
-        value: Node = read
-        if self.clip_value is not None:
-            value = edit.call(
-                aten.clamp.default, value, -self.clip_value, self.clip_value, when=Phase.CHECK, reason=reason
+                plain.append(call(aten.sum.default, call(aten.mul.Tensor, value, value)))
+        totals = [
+            call(aten.sum.default, call(aten.stack.default, terms)) for terms in (scaled, plain) if terms
+        ]
+        if scaled and "scale" in step.scaler:
+            inverse = edit.cast(
+                call(aten.reciprocal.default, step.scaler["scale"]),
+                torch.float64,
+                when=Phase.CHECK,
+                reason="unscaled norm",
             )
-        if self.norm_type == math.inf:
-            magnitude = edit.call(aten.abs.default, value, when=Phase.CHECK, reason=reason)
-            return edit.call(aten.amax.default, magnitude, when=Phase.CHECK, reason=reason)
-        square = edit.call(aten.mul.Tensor, value, value, when=Phase.CHECK, reason=reason)
-        return edit.call(aten.sum.default, square, when=Phase.CHECK, reason=reason)
+            totals[0] = call(aten.mul.Tensor, totals[0], call(aten.mul.Tensor, inverse, inverse))
+        total = call(aten.add.Tensor, *totals) if len(totals) == 2 else totals[0]
+        root = call(aten.sqrt.default, total)
+        return edit.cast(root, torch.float32, when=Phase.CHECK, reason="global norm before clipping")
 
 
 def _unscaled_mark(read: Node) -> Node | None:
     """The GRAD mark that a READ mark reads directly (through the unscale), else None."""
-    node = read.args[0]
-    assert isinstance(node, Node)
-    if node.target is aten.mul.Tensor and node.meta.get("fxpass_origin") is not None:
-        node = node.args[0]  # type: ignore[assignment]
+    node = source(read)
+    if node.target is aten.mul.Tensor and origin(node) is not None:
+        node = source(node)
     if node.target is aten._to_copy.default:
-        node = node.args[0]  # type: ignore[assignment]
+        node = source(node)
     return node if node.target is MARK and node.args[1] == GRAD else None
-
-
-def _following(node: Node):  # noqa: ANN202 - a generator of nodes
-    while node.next.op != "root":
-        node = node.next
-        yield node
-
-
-def _latest(step: StepGraph, nodes: list[Node]) -> Node:
-    order = {n: i for i, n in enumerate(step.graph.nodes)}
-    return max(nodes, key=order.__getitem__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -45,7 +45,7 @@ class Embedding(GraphPass):
                     self._rewrite(edit, node)
 
     def _decline(self, node: Node) -> str:
-        rows, positions = node.args[2], tensor(node.args[1]).numel()  # type: ignore[arg-type]
+        rows, positions = node.args[2], tensor(node.args[1]).numel()
         if not isinstance(positions, int) or not isinstance(rows, int):
             return "the batch's shape is symbolic"
         if positions * 4 > rows:
@@ -65,13 +65,17 @@ class Embedding(GraphPass):
         width, dtype = tensor(grad).shape[-1], tensor(last).dtype
         positions = tensor(ids).numel()
 
-        def call(target: object, *args: object, **kwargs: object) -> Node:
-            return edit.call(target, *args, when=Phase.BACKWARD, reason=REASON, **kwargs)  # type: ignore[arg-type]
+        def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+            return edit.call(target, *args, when=Phase.BACKWARD, reason=REASON, **kwargs)
 
         with edit.before(last):
             device = tensor(grad).device
             flat = call(aten.reshape.default, ids, [positions])
-            values = call(aten.reshape.default, edit.cast(grad, torch.float32, when=Phase.BACKWARD, reason=REASON), [positions, width])
+            values = call(
+                aten.reshape.default,
+                edit.cast(grad, torch.float32, when=Phase.BACKWARD, reason=REASON),
+                [positions, width],
+            )
             if isinstance(padding, int) and padding >= 0:
                 is_padding = call(aten.unsqueeze.default, call(aten.eq.Scalar, flat, padding), 1)
                 values = call(aten.where.ScalarSelf, is_padding, 0.0, values)
@@ -80,12 +84,19 @@ class Embedding(GraphPass):
             table = call(aten.new_empty.default, flat, [rows])
             owner = call(aten.index.Tensor, call(aten.scatter.src, table, 0, flat, order), [flat])
             zeros = call(aten.full.default, [positions, width], 0.0, dtype=torch.float32, device=device)
-            sums = call(aten.index.Tensor, call(aten.index_put.default, zeros, [owner], values, True), [owner])
+            sums = call(
+                aten.index.Tensor, call(aten.index_put.default, zeros, [owner], values, True), [owner]
+            )
             if base is None:
                 base = call(aten.full.default, [rows, width], 0.0, dtype=dtype, device=device)
             else:
                 sums = call(aten.add.Tensor, sums, call(aten.index.Tensor, base, [flat]))
-            new = call(aten.index_put.default, base, [flat], edit.cast(sums, dtype, when=Phase.BACKWARD, reason=REASON))
+            new = call(
+                aten.index_put.default,
+                base,
+                [flat],
+                edit.cast(sums, dtype, when=Phase.BACKWARD, reason=REASON),
+            )
         edit.replace_uses(last, new)
 
 

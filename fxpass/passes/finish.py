@@ -33,7 +33,9 @@ class Finish(GraphPass):
             elif node.target is aten.copy.default and _same(node.args[0], node.args[1]):
                 _replace(edit, node, node.args[1])
         before = len(step.graph.nodes)
-        step.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
+        step.graph.eliminate_dead_code(
+            is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n)
+        )
         edit.removed += before - len(step.graph.nodes)
         edit.touched.clear()
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import SEED
 from .base import GraphPass
 
@@ -33,8 +33,7 @@ class ScaleLoss(GraphPass):
             return
         scale = step.scaler["scale"]
         for mark in step.marks(SEED):
-            seed = mark.args[0]
-            assert isinstance(seed, torch.fx.Node)
+            seed = source(mark)
             dtype = tensor(seed).dtype
             reason = "gradients of float16 activations underflow without a loss scale"
             with edit.before(mark):

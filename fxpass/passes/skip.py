@@ -43,6 +43,11 @@ class Skip(GraphPass):
                 final = finals[update.old]
                 with edit.before(final):
                     kept = edit.call(
-                        aten.where.self, step.found_inf[last], update.old, final.args[1], when=Phase.UPDATE, reason=reason
+                        aten.where.self,
+                        step.found_inf[last],
+                        update.old,
+                        final.args[1],
+                        when=Phase.UPDATE,
+                        reason=reason,
                     )
                 edit.set_arg(final, 1, kept)

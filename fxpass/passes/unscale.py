@@ -35,7 +35,9 @@ class Unscale(GraphPass):
         if not marks:
             return
         with edit.after(scale):
-            inverse = edit.call(aten.reciprocal.default, scale, when=Phase.CHECK, reason="one factor for all gradients")
+            inverse = edit.call(
+                aten.reciprocal.default, scale, when=Phase.CHECK, reason="one factor for all gradients"
+            )
         for mark in marks:
             for user in list(mark.users):
                 with edit.before(user):

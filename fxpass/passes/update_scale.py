@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -45,8 +45,8 @@ class _Writer:
     def __init__(self, step: StepGraph, edit: Editor, found: Node) -> None:
         self.step, self.edit, self.found = step, edit, found
 
-    def op(self, target: object, *args: object, reason: str = "loss scale state", **kwargs: object) -> Node:
-        return self.edit.call(target, *args, when=Phase.SCALE, reason=reason, **kwargs)  # type: ignore[arg-type]
+    def op(self, target: Any, *args: Any, reason: str = "loss scale state", **kwargs: Any) -> Node:
+        return self.edit.call(target, *args, when=Phase.SCALE, reason=reason, **kwargs)
 
     def write(self, field: str, value: Node) -> None:
         self.op(aten.copy_.default, self.step.scaler[field], value)
@@ -69,9 +69,14 @@ class _Writer:
         if self.step.grad_norm is not None:
             self.write("grad_norm", self.step.grad_norm)
         if self.step.clipped is not None:
-            good = self.op(aten.logical_and.default, self.step.clipped, self.op(aten.logical_not.default, self.found))
+            good = self.op(
+                aten.logical_and.default, self.step.clipped, self.op(aten.logical_not.default, self.found)
+            )
             self.write(
-                "clipped", self.op(aten.add.Tensor, read["clipped"], self.op(aten._to_copy.default, good, dtype=torch.int64))
+                "clipped",
+                self.op(
+                    aten.add.Tensor, read["clipped"], self.op(aten._to_copy.default, good, dtype=torch.int64)
+                ),
             )
         if "nonfinite" in read:
             values = [value for _, value in self.step.checked]
@@ -86,7 +91,9 @@ class _Writer:
         self.write("overflows", self.select(self.found, run, zero))
         patient = self.op(aten.lt.Scalar, run, settings.hysteresis)
         smaller = self.op(
-            aten.clamp_min.default, self.op(aten.mul.Tensor, scale, settings.backoff_factor), settings.min_scale
+            aten.clamp_min.default,
+            self.op(aten.mul.Tensor, scale, settings.backoff_factor),
+            settings.min_scale,
         )
         backed_off = self.select(patient, scale, smaller)
 

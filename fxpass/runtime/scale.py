@@ -11,7 +11,10 @@ from ..errors import OptionError
 class LossScale:
     """Base of the loss scale policies."""
 
-    init: float
+    @property
+    def init(self) -> float:
+        """The scale of the first step."""
+        raise AssertionError(f"{type(self).__name__} must define init")
 
     @property
     def dynamic(self) -> bool:
@@ -32,10 +35,12 @@ class StaticLossScale(LossScale):
 
     def __post_init__(self) -> None:
         value = self.scale
-        _check(type(self), "scale", value, isinstance(value, (int, float)) and value > 0, "a finite number > 0")
+        _check(
+            type(self), "scale", value, isinstance(value, (int, float)) and value > 0, "a finite number > 0"
+        )
 
     @property
-    def init(self) -> float:  # type: ignore[override]
+    def init(self) -> float:
         return float(self.scale)
 
 
@@ -73,7 +78,7 @@ class DynamicLossScale(LossScale):
         _check(cls, "max_scale", self.max_scale, self.max_scale >= self.init_scale, "at least init_scale")
 
     @property
-    def init(self) -> float:  # type: ignore[override]
+    def init(self) -> float:
         return float(self.init_scale)
 
     @property

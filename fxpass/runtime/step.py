@@ -1,4 +1,4 @@
-"""Runs a compiled step: fetches the live tensors it needs, and puts gradients where the user looks for them."""
+"""Runs a compiled step: fetches the live tensors it needs, puts gradients where the user looks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CompiledStep:
         self._place_grads(args, results[self.outputs :])
         for binding in self.bindings:
             # an LR scheduler warns about the order of calls unless step() was seen
-            binding.optimizer()._opt_called = True  # type: ignore[attr-defined]
+            vars(binding.optimizer())["_opt_called"] = True
         self.after()
         return results[: self.outputs]
 
