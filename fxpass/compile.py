@@ -22,7 +22,7 @@ from .errors import LossScaleError
 from .ir.text import to_text
 from .lower.compile import lower
 from .options import Options
-from .passes import pipeline
+from .passes import passes_for
 from .passes.pipeline import PassRecord, run_pipeline
 from .runtime.scale import DynamicLossScale
 from .runtime.state import NONFINITE, ScalerState
@@ -52,14 +52,14 @@ class StepState:
     graphs: list[GraphRecord] = field(default_factory=list)
     overflows: list[tuple[list[str], Tensor]] = field(
         default_factory=list
-    )  # per graph: names, sums of squares
+    )  # per graph: names, sums (and padding)
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
 
     def nonfinite(self) -> tuple[str, ...]:
         """``"parameter: inf"`` or ``"parameter: nan"`` of the last skipped step; reads the device."""
         found = []
         for names, sums in self.overflows:
-            for name, value in zip(names, sums.tolist(), strict=True):
+            for name, value in zip(names, sums.tolist(), strict=False):
                 if value != value or value == float("inf"):
                     found.append(f"{name}: {'nan' if value != value else 'inf'}")
         return tuple(dict.fromkeys(found))
@@ -118,7 +118,7 @@ class _Compilation:
         extras = [scaler.tensors[name] for name in scaler.fields] if events else []
         extras += [self.overflow] if self.overflow is not None else []
         extras += [t for b in self.bindings for t in b.inputs(device)]
-        call = _torch.trace(self.captured.gm, [*self.inputs, *extras], self._inner)
+        call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner)
         return CompiledStep(
             call,
             scaler,
@@ -135,17 +135,19 @@ class _Compilation:
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
         self._lap("capture")
-        step = to_step(self.captured, gm, checks.input_names(self.gm))
+        by_node = checks.input_names(self.gm, self.record)
+        step = to_step(self.captured, gm, by_node)
         events = self.record.events
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
-        passes = run_pipeline(step, pipeline(self.options), check=self.options.verify)
+        passes = run_pipeline(step, passes_for(self.options), check=self.options.verify)
         self._lap("passes")
         if self.overflow is not None:
-            names = [checks.leaf_name(self.record, step, mark) for mark, _ in step.checked]
+            leaves = [self.record.leaf_grads[int(str(mark.args[2]))].leaf for mark, _ in step.checked]
+            names = [by_node.get(leaf, leaf) for leaf in leaves]
             self.state.overflows.append((names, self.overflow))
-        after, unreached = to_text(step), checks.unreached(self.record)
+        after, unreached = to_text(step), checks.unreached(self.record, by_node)
         compiled = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
         self.state.graphs.append(GraphRecord(before, after, passes, unreached, self.seconds))

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.compiler
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 from torch.fx import GraphModule
 
 from ..errors import CaptureError
@@ -23,8 +24,13 @@ from ..errors import CaptureError
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
-def trace(gm: GraphModule, inputs: Sequence[Any], compiler: Compiler) -> Callable[..., Any]:
-    """Hand ``gm`` as one ATen inference graph to ``compiler``; returns a callable of flat inputs."""
+def trace(
+    gm: GraphModule, inputs: Sequence[Any], extras: Sequence[torch.Tensor], compiler: Compiler
+) -> Callable[..., Any]:
+    """Hand ``gm`` as one ATen inference graph to ``compiler``; returns a callable of flat inputs.
+
+    ``inputs`` are Dynamo's; ``extras`` are ours, with shapes that never change.
+    """
 
     def refuse(*_: Any) -> Any:
         hint = "return detached tensors, and update only inside torch.no_grad() or optimizer.step()"
@@ -36,7 +42,9 @@ def trace(gm: GraphModule, inputs: Sequence[Any], compiler: Compiler) -> Callabl
         decompositions={},
         keep_inference_input_mutations=True,
     )
-    return aot(gm, list(inputs))
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None, "Dynamo traces under a fake mode"
+    return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
 
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -251,7 +251,9 @@ def _params(self: Any, tx: Any) -> Iterator[tuple[int, int, torch.Tensor, Any]]:
         params = DictGetItemSource(GetItemSource(groups, g), "params")
         install_guard(params.make_guard(GuardBuilder.SEQUENCE_LENGTH))
         for p, param in enumerate(group["params"]):
-            yield g, p, param, VariableTracker.build(tx, param, GetItemSource(params, p))
+            variable = VariableTracker.build(tx, param, GetItemSource(params, p))
+            _record().real[variable.as_proxy().node.name] = param
+            yield g, p, param, variable
 
 
 def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
@@ -332,6 +334,8 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(value, torch.amp.GradScaler):
             hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
             raise _fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
+        if isinstance(value, torch.nn.Module):
+            _record().modules.append(value)
         return original(self, value)
 
     return _wrap

@@ -59,7 +59,8 @@ class FrameRecord:
     kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)
     cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
     escaping: list[str] = field(default_factory=list)  # gradients leaving without a step
-    names: dict[str, str] = field(default_factory=dict)  # placeholder -> the name a user would give it
+    modules: list[torch.nn.Module] = field(default_factory=list)  # as they were met, outermost first
+    real: dict[str, Any] = field(default_factory=dict)  # placeholder of an optimizer's parameter -> the parameter
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""

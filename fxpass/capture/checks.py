@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 
 from .. import _torch
 from ..errors import CaptureError
-from ..ir.graph import StepGraph
 
 
 def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None) -> None:
@@ -111,17 +110,24 @@ def device_of(optimizers: Sequence[torch.optim.Optimizer], inputs: Sequence[Any]
     return next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
 
 
-def input_names(gm: GraphModule) -> list[str]:
-    """User names of Dynamo's inputs, in order."""
-    return [_torch.source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
+def input_names(gm: GraphModule, record: _torch.FrameRecord) -> dict[str, str]:
+    """The user's name of each of Dynamo's inputs, in order.
+
+    A parameter is called as ``named_parameters()`` of the outermost module that
+    holds it calls it; anything else as the expression that reaches it.
+    """
+    known: dict[int, str] = {}
+    for module in record.modules:
+        for name, param in module.named_parameters():
+            known.setdefault(id(param), name)
+    names = {n.name: _torch.source_name(n) for n in gm.graph.nodes if n.op == "placeholder"}
+    for node, param in record.real.items():
+        if id(param) in known or node in names:
+            names[node] = known.get(id(param)) or names[node]
+    return names
 
 
-def leaf_name(record: Any, step: StepGraph, mark: Node) -> str:
-    """The user's name of the parameter a GRAD mark belongs to."""
-    return record.names.get(record.leaf_grads[mark.args[2]].leaf, record.leaf_grads[mark.args[2]].leaf)
-
-
-def unreached(record: Any) -> dict[str, str]:
+def unreached(record: _torch.FrameRecord, names: Mapping[str, str]) -> dict[str, str]:
     """Trainable parameters of the optimizers that are not updated, and why."""
     found = {}
     for event in record.events:
@@ -130,6 +136,6 @@ def unreached(record: Any) -> dict[str, str]:
             if p.has_grad:
                 continue
             frozen = not optimizer.param_groups[p.group]["params"][p.position].requires_grad
-            name = record.names.get(p.node, p.node)
+            name = names.get(str(p.node), f"parameter {p.position} of param group {p.group}")
             found[name] = "requires_grad is False" if frozen else "the loss does not depend on it"
     return found

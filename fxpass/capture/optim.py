@@ -120,9 +120,13 @@ def _initial_state_of_torch(optimizer: Optimizer, group: int, param: Tensor) -> 
     lists = [[] for name in inspect.signature(init_group).parameters if name not in ("self", "group")]
     with torch.no_grad():
         init_group(stand_in, settings, *lists)
-    state = dict(stand_in.state.get(proxy, {}))
-    # SGD keeps its momentum buffer as None until the first gradient replaces it
-    return {k: v for k, v in state.items() if v is not None or k == "momentum_buffer"}
+    state = {key: value for key, value in stand_in.state.get(proxy, {}).items() if value is not None}
+    if isinstance(optimizer, torch.optim.SGD) and settings["momentum"] != 0:
+        # torch keeps no buffer until the first gradient becomes it. From a buffer of zeros that
+        # is what the update rule gives, unless it dampens: then NaN stands for "none yet".
+        fill = 0.0 if settings["dampening"] == 0 else float("nan")
+        state["momentum_buffer"] = torch.full_like(param, fill)
+    return state
 
 
 class _FirstValues(dict[str, Any]):
@@ -201,7 +205,7 @@ class StepTensors:
     params: list[Tensor]
     grads: list[Tensor]
     state: dict[StateKey, Tensor]
-    lr: list[Tensor]  # one 0-d float32 per param group
+    lr: list[Tensor]  # one 0-d float64 per param group
     dynamic: list[tuple[tuple[int, str, int | None], Tensor]]  # settings that are tensors
 
 
@@ -212,7 +216,9 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
     in the order of ``tensors``. Returns the comparisons of settings that the
     trace took for granted.
     """
-    groups, state = _traced_groups(optimizer, tensors), _traced_state(optimizer, tensors)
+    groups = _traced_groups(optimizer, tensors)
+    with torch.no_grad():
+        state = _traced_state(optimizer, tensors, groups)
     before = {
         name: value
         for name, value in optimizer.__dict__.items()
@@ -260,12 +266,26 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
     return groups
 
 
-def _traced_state(optimizer: Optimizer, tensors: StepTensors) -> defaultdict[Any, dict[str, Any]]:
+def _traced_state(
+    optimizer: Optimizer, tensors: StepTensors, groups: list[dict[str, Any]]
+) -> defaultdict[Any, dict[str, Any]]:
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-    for (g, p), param in zip(tensors.places, tensors.params, strict=True):
+    for (g, p), param, grad in zip(tensors.places, tensors.params, tensors.grads, strict=True):
         real = optimizer.state.get(parameter(optimizer, g, p), {})
         state[param] = {key: tensors.state.get(StateKey(g, p, key), value) for key, value in real.items()}
+        for key, value in state[param].items():
+            # eager computes with step counts as Python floats: 1 - 0.999 ** step needs their precision
+            if isinstance(value, Tensor) and value.ndim == 0:
+                state[param][key] = value.double()
+        if isinstance(optimizer, torch.optim.SGD) and groups[g]["dampening"] != 0 and state[param]:
+            state[param]["momentum_buffer"] = _primed(state[param]["momentum_buffer"], param, grad, groups[g])
     return state
+
+
+def _primed(buffer: Tensor, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """SGD's buffer, where it is NaN (none yet) such that m * buffer + (1 - d) * grad is the gradient itself."""
+    grad = (-grad if group["maximize"] else grad) + group["weight_decay"] * param
+    return torch.where(torch.isnan(buffer), grad * (group["dampening"] / group["momentum"]), buffer)
 
 
 def _setting(optimizer: Optimizer, group: int, key: str, position: int | None) -> float:

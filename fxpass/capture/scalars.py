@@ -3,18 +3,20 @@
 While a step is captured, learning rate, step counts and norms are tensors, so
 that nothing is baked into the graph and nothing is read back to the host.
 torch's arithmetic takes a 0-d tensor nearly everywhere a number may stand; this
-mode covers the rest: ``.item()``, ``alpha=``/``value=`` arguments, and
-comparisons of a setting with a number (``if momentum != 0``), which are decided
-by the setting's present value and remembered so that the runtime can check them.
+module covers the rest: ``.item()``, ``alpha=``/``value=`` arguments, ``lerp``,
+``min``, ``max`` and the functions of ``math``, and comparisons of a setting with
+a number (``if momentum != 0``), which are decided by the setting's present value
+and remembered so that the runtime can check them.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,29 +66,54 @@ class ScalarTensors(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "item" and args[0].numel() == 1:
             return args[0].reshape(())
+        if name == "__bool__":
+            name, args = "__ne__", (args[0], 0)
+            setting = self._setting(args[0])
+            return func(args[0]) if setting is None else self._decide(setting, name, 0)
         if name in _COMPARE and isinstance(args[1], (int, float)):
-            for index, (tensor, value) in enumerate(self.settings):
-                if args[0] is tensor:
-                    outcome = _COMPARE[name](value, args[1])
-                    self.comparisons.append(Comparison(index, name, args[1], outcome))
-                    return outcome
+            setting = self._setting(args[0])
+            if setting is not None:
+                return self._decide(setting, name, args[1])
+        if name.rstrip("_") == "lerp":
+            return func(*_same_dtype(args), **{k: _as(args[0], v) for k, v in kwargs.items()})
         if isinstance(kwargs.get("alpha"), Tensor):
             return _with_alpha(name, *args, **kwargs)
-        if isinstance(kwargs.get("value"), Tensor) and name.startswith("addc"):
+        if "addc" in name and isinstance(args[3] if len(args) > 3 else kwargs.get("value"), Tensor):
             return _with_value(name, *args, **kwargs)
         return func(*args, **kwargs)
 
+    def _setting(self, tensor: Any) -> int | None:
+        return next((i for i, (known, _) in enumerate(self.settings) if known is tensor), None)
 
-def _with_alpha(name: str, x: Tensor, other: Any, *, alpha: Tensor, out: Tensor | None = None) -> Tensor:
-    sign = -1 if name.startswith("sub") else 1
-    term = other * (alpha * sign)
-    assert out is None, f"{name}(alpha=<tensor>, out=...) is not used by any optimizer of torch"
-    return x.add_(term) if name.endswith("_") else x.add(term)
+    def _decide(self, setting: int, op: str, number: float) -> bool:
+        outcome = _COMPARE[op](self.settings[setting][1], number)
+        self.comparisons.append(Comparison(setting, op, number, outcome))
+        return outcome
 
 
-def _with_value(name: str, x: Tensor, a: Tensor, b: Tensor, *, value: Tensor) -> Tensor:
-    term = a * value / b if name.startswith("addcdiv") else a * value * b
-    return x.add_(term) if name.endswith("_") else x.add(term)
+def _as(like: Tensor, value: Any) -> Any:
+    return value.to(like.dtype) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _same_dtype(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``lerp`` alone refuses a weight of another dtype."""
+    return (args[0], *(_as(args[0], a) for a in args[1:]))
+
+
+def _with_alpha(name: str, x: Any, other: Any, *, alpha: Tensor) -> Any:
+    foreach = name.startswith("_foreach_")
+    scaled = torch._foreach_mul(other, alpha) if foreach else other * alpha
+    function: Callable[..., Any] = getattr(torch if foreach else Tensor, name)
+    return function(x, scaled)
+
+
+def _with_value(name: str, x: Any, a: Any, b: Any, value: Tensor) -> Any:
+    foreach = name.startswith("_foreach_")
+    function: Callable[..., Any] = getattr(torch if foreach else Tensor, name)
+    return function(x, torch._foreach_mul(a, value) if foreach else a * value, b)
+
+
+# ---------------------------------------------------------------- min, max and math
 
 
 def _extreme(pick: Callable[..., Tensor], builtin: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,19 +127,57 @@ def _extreme(pick: Callable[..., Tensor], builtin: Callable[..., Any]) -> Callab
     return extreme
 
 
-@contextmanager
-def tensor_min_max(function: Any) -> Iterator[None]:
-    """``min`` and ``max`` of two scalars for tensors too, in the module of one of torch's own optimizers.
+def _of_tensors(function: Callable[..., Any], on_tensors: Callable[..., Any]) -> Callable[..., Any]:
+    def either(*args: Any) -> Any:
+        return on_tensors(*args) if any(isinstance(a, Tensor) for a in args) else function(*args)
 
-    Adafactor takes ``max(eps, norm)`` with the builtins, which would ask the
-    host. Only torch's modules are changed, never the user's.
+    return either
+
+
+_MATH: dict[Any, Callable[..., Any]] = {
+    getattr(math, name): _of_tensors(getattr(math, name), getattr(torch, name))
+    for name in dir(math)
+    if callable(getattr(math, name)) and hasattr(torch, name)
+}
+_MATH_MODULE = SimpleNamespace(**{k: _MATH.get(v, v) if callable(v) else v for k, v in vars(math).items()})
+_BUILTINS = {"min": _extreme(torch.minimum, min), "max": _extreme(torch.maximum, max)}
+
+
+def _stand_ins(names: dict[str, Any]) -> dict[str, Any]:
+    found = {k: v for k, v in _BUILTINS.items() if k not in names}
+    for name, value in names.items():
+        if value is math:
+            found[name] = _MATH_MODULE
+        elif type(value) is type(math.sqrt) and value in _MATH:
+            found[name] = _MATH[value]
+    return found
+
+
+@contextmanager
+def tensor_functions(owner: type) -> Iterator[None]:
+    """``min``, ``max`` and ``math`` take tensors too, in the modules that define ``owner``'s methods.
+
+    The builtins and ``math`` would ask the host for a number. For numbers the
+    stand-ins do what the originals do, and the originals are put back.
     """
-    if not isinstance(function, FunctionType) or not function.__module__.startswith("torch.optim."):
-        yield
-        return
-    names = function.__globals__
-    names.update(min=_extreme(torch.minimum, min), max=_extreme(torch.maximum, max))
+    functions = [f for cls in owner.__mro__ for f in map(_innermost, vars(cls).values())]
+    modules = {id(f.__globals__): f.__globals__ for f in functions if isinstance(f, FunctionType)}
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
+        for names in modules.values():
+            new = _stand_ins(names)
+            before.append((names, {k: names[k] for k in new if k in names}))
+            names.update(new)
         yield
     finally:
-        del names["min"], names["max"]
+        for names, old in before:
+            for name in _BUILTINS.keys() - old.keys():
+                if names.get(name) is _BUILTINS[name]:
+                    del names[name]
+            names.update(old)
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function

@@ -9,7 +9,7 @@ it into one ATen graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,6 @@ class Captured:
     parameters: list[Node]  # placeholders of parameters some optimizer updates
     kept: list[int]  # input positions of the parameters whose gradients are extra outputs
     outputs: int
-    unreached: dict[str, str]  # trainable parameter -> why it gets no gradient
     extra_roles: list[tuple[Role, str]]
     first_extra: int
     update_slots: list[tuple[int, str]] = field(default_factory=list)  # (event, placeholder) per UPDATE mark
@@ -64,7 +63,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     new_gm = GraphModule(gm, graph)
     by_name = {old.name: new for old, new in copies.items()}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    captured = Captured(new_gm, [], [], [], 0, {}, [], len(placeholders))
+    captured = Captured(new_gm, [], [], [], 0, [], len(placeholders))
     inputs = _ExtraInputs(graph, placeholders, captured.extra_roles)
     if record.events:
         for name in scaler_fields:
@@ -132,9 +131,9 @@ def _as_tensor(before: Node, number: Any) -> Any:
     if isinstance(number, Node) and number.op == "call_method" and number.target == "item":
         number = number.args[0]
         with before.graph.inserting_before(before):
-            return before.graph.call_method("to", (number, torch.float32))
+            return before.graph.call_method("to", (number, torch.float64))
     with before.graph.inserting_before(before):
-        return before.graph.call_function(torch.scalar_tensor, (number,), {"dtype": torch.float32})
+        return before.graph.call_function(torch.scalar_tensor, (number,), {"dtype": torch.float64})
 
 
 def _param_name(by_name: dict[str, Node], found: Any, key: optim.StateKey) -> str:
@@ -176,8 +175,8 @@ def _annotate_autocast(graph: Graph) -> None:
             node.meta["custom"] = {**node.meta.get("custom", {}), "fxpass_fp32": True}
 
 
-def to_step(captured: Captured, gm: GraphModule, names: Sequence[str]) -> StepGraph:
-    """Read phases, roles and names into a :class:`StepGraph`; ``names`` are the Dynamo inputs' user names."""
+def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
+    """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
     step = StepGraph(gm, outputs=captured.outputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     dynamo = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
@@ -188,8 +187,8 @@ def to_step(captured: Captured, gm: GraphModule, names: Sequence[str]) -> StepGr
     by_name = {d.name: p for d, p in zip(dynamo, placeholders, strict=True)}
     for node in captured.parameters:
         step.roles[by_name[node.name]] = Role.PARAMETER
-    for node, name in zip(placeholders, names, strict=False):
-        step.names[node] = name
+    for old, node in zip(dynamo[: captured.first_extra], placeholders, strict=False):
+        step.names[node] = names.get(old.name, old.name)
         step.roles.setdefault(node, Role.INPUT)
     for node, (role, name) in zip(placeholders[captured.first_extra :], captured.extra_roles, strict=True):
         step.roles[node] = role

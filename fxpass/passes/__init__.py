@@ -29,7 +29,7 @@ PASSES: tuple[type[GraphPass], ...] = (
 )
 
 
-def pipeline(options: Options) -> list[GraphPass]:
+def passes_for(options: Options) -> list[GraphPass]:
     """``PASSES`` with their fields taken from the options of the same name."""
     return [
         cls(**{name: getattr(options, name) for name in cls.__dataclass_fields__ if hasattr(options, name)})

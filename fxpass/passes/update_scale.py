@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph
+from ..ir.graph import Phase, StepGraph, tensor
 from ..runtime.scale import DynamicLossScale, LossScale
 from .base import GraphPass
 
@@ -79,8 +79,11 @@ class _Writer:
                 ),
             )
         if "nonfinite" in read:
-            values = [value for _, value in self.step.checked]
-            now = self.op(aten._to_copy.default, self.op(aten.stack.default, values), dtype=torch.float32)
+            values = self.op(aten.stack.default, [value for _, value in self.step.checked])
+            unread = tensor(read["nonfinite"]).numel() - len(self.step.checked)  # gradients no optimizer reads
+            padded = self.op(aten.constant_pad_nd.default, values, [0, unread], 0.0) if unread else values
+            finite = self.op(aten.isfinite.default, padded)  # a finite sum may be too large for float32
+            now = self.op(aten._to_copy.default, self.select(finite, 0.0, padded), dtype=torch.float32)
             self.write("nonfinite", self.select(self.found, now, read["nonfinite"]))
 
     def scale(self, settings: DynamicLossScale) -> None:

@@ -39,7 +39,7 @@ class OptimizerBinding:
     def _learning_rates(self, groups: list[dict[str, Any]], device: torch.device) -> list[Tensor]:
         values = [group.get("lr", 0.0) for group in groups]
         if not self.lr:
-            self.lr = [torch.zeros((), dtype=torch.float32, device=device) for _ in values]
+            self.lr = [torch.zeros((), dtype=torch.float64, device=device) for _ in values]
             self.lr_values = [float("nan")] * len(values)
         for index, value in enumerate(values):
             if isinstance(value, Tensor):

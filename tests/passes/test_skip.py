@@ -1,0 +1,107 @@
+"""An overflow leaves parameters, optimizer state and step counts bit for bit as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fxpass import MixedPrecision
+from fxpass.passes.check_finite import CheckFinite
+from fxpass.passes.skip import Skip
+from torch import Tensor, nn
+
+from tests.graphs import graph_of, inserted_by, targets, training_step
+from tests.helpers import clone, same
+
+INF = float("inf")
+
+
+def test_one_select_per_written_value() -> None:
+    step, (_, record) = graph_of(*training_step(optimizer=torch.optim.AdamW), [CheckFinite(), Skip()])
+    made = inserted_by(step, "skip")
+    assert set(targets(made)) == {"aten.where.self"}
+    assert record.inserted == len(step.updates) == 4 * 4  # weight, step, exp_avg, exp_avg_sq
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("bad_steps", [{0}, {2}, {1, 2}])
+def test_exact(bad_steps: set[int], codegen: str) -> None:
+    model = Net()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.01)
+    mp = MixedPrecision(codegen=codegen, max_norm=1.0)
+
+    @torch.compile(backend=mp)
+    def step(x: Tensor, factor: Tensor) -> Tensor:
+        loss = (model(x) * factor).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+
+    scale = 2.0**16
+    for index in range(5):
+        before = clone([dict(model.named_parameters()), opt.state_dict()["state"]])
+        statistics = model.body[1].running_mean.clone()
+        step(torch.randn(6, 4), torch.tensor(INF if index in bad_steps else 1.0))
+        after = clone([dict(model.named_parameters()), opt.state_dict()["state"]])
+        if index in bad_steps:
+            scale /= 2
+            if index == 0:
+                assert all(float(s["step"]) == 0 for s in opt.state.values())
+                assert all(not s["exp_avg"].any() for s in opt.state.values())
+                same(after[0], before[0], "parameters", exact=True)
+            else:
+                same(after, before, "parameters and state", exact=True)
+        else:
+            assert not torch.equal(after[0]["body.0.weight"], before[0]["body.0.weight"])
+        assert not torch.equal(model.body[1].running_mean, statistics), "BatchNorm follows eager"
+        assert mp.scale.item() == scale
+    assert mp.stats().skipped == len(bad_steps)
+    assert {float(s["step"]) for s in opt.state.values()} == {5.0 - len(bad_steps)}
+
+
+def test_one_bad_parameter_skips_all_of_them() -> None:
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = torch.optim.Adam([good, bad], lr=0.1)
+    mp = MixedPrecision(codegen="eager")
+
+    @torch.compile(backend=mp)
+    def step(slope: Tensor) -> None:
+        (good.sum() + (bad * slope).sum()).backward()
+        opt.step()
+        opt.zero_grad()
+
+    step(torch.tensor([1.0, INF, 1.0]))
+    assert torch.equal(good, torch.ones(3))
+    step(torch.ones(3))
+    assert torch.allclose(good, torch.full((3,), 0.9))
+
+
+def test_an_overflow_of_the_second_optimizer_undoes_the_first() -> None:
+    """Interleaved as in a GAN: backward, step, backward, step. The step is skipped whole."""
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opts = [torch.optim.SGD([p], lr=0.5) for p in (first, second)]
+
+    @torch.compile(backend=MixedPrecision(codegen="eager"))
+    def step(slope: Tensor) -> None:
+        first.sum().backward()
+        opts[0].step()
+        (second * first.detach() * slope).sum().backward()
+        opts[1].step()
+        for opt in opts:
+            opt.zero_grad()
+
+    step(torch.tensor([1.0, INF, 1.0]))
+    assert torch.equal(first, torch.ones(3))
+    assert torch.equal(second, torch.ones(3))
+    step(torch.ones(3))
+    assert torch.equal(first, torch.full((3,), 0.5))
+    assert torch.equal(second, torch.full((3,), 0.75))
