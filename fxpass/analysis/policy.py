@@ -38,6 +38,12 @@ PINNED_ARGUMENTS = frozenset(
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})
 
+# Operators whose result shares its input's storage.
+VIEWS = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice alias "
+    "detach split split_with_sizes unbind as_strided getitem".split()
+)
+
 _LOW = """
 mm addmm bmm baddbmm mv addmv addr addbmm dot vdot linear _addmm_activation
 convolution convolution_backward _convolution cudnn_convolution mkldnn_convolution conv_tbc

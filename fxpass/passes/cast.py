@@ -12,18 +12,13 @@ import torch
 from torch.fx import Node
 
 from ..analysis.modules import module_names
-from ..analysis.policy import ACTIVATIONS, PINNED_ARGUMENTS, Colour, colour_of, op_name
+from ..analysis.policy import ACTIVATIONS, PINNED_ARGUMENTS, VIEWS, Colour, colour_of, op_name
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, phase, tensor
 from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
 
 aten = torch.ops.aten
-
-VIEWS = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice alias detach "
-    "split split_with_sizes unbind as_strided getitem".split()
-)
 
 
 @dataclass(frozen=True)

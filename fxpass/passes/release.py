@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.policy import op_name
+from ..analysis.policy import VIEWS, op_name
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, tensor
 from ..ir.marks import SEED
 from .base import GraphPass
-from .cast import VIEWS
 
 aten = torch.ops.aten
 

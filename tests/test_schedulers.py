@@ -1,0 +1,70 @@
+"""Schedulers outside the step: right values, at most two compilations, no warning about call order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fxpass import MixedPrecision
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import lr_scheduler as lr
+
+from tests.helpers import same
+from tests.test_optimizers import Net, make_step
+
+CASES: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Any]]] = {
+    "lambda": (lambda p: AdamW(p, lr=1e-2), lambda o: lr.LambdaLR(o, lambda n: 1 / (1 + n))),
+    "cosine": (lambda p: SGD(p, lr=0.1, momentum=0.9), lambda o: lr.CosineAnnealingLR(o, 12)),
+    "one cycle, betas": (lambda p: AdamW(p), lambda o: lr.OneCycleLR(o, 1e-2, total_steps=13)),
+    "one cycle, momentum": (lambda p: SGD(p, lr=0.1, momentum=0.9), lambda o: lr.OneCycleLR(o, 0.1, total_steps=13)),
+    "step": (lambda p: AdamW(p, lr=1e-2), lambda o: lr.StepLR(o, 3)),
+}
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("name", CASES)
+def test_follows_eager(name: str, codegen: str) -> None:
+    if codegen == "inductor" and name not in ("lambda", "one cycle, betas"):
+        pytest.skip("the generated code of these two covers the others")
+    optimizer, scheduler = CASES[name]
+    torch.manual_seed(0)
+    theirs = Net()
+    ours = copy.deepcopy(theirs)
+    runs = []
+    for model in (ours, theirs):
+        opt = optimizer(model.parameters())
+        runs.append((make_step(model, opt), scheduler(opt)))
+    mp = MixedPrecision(dtype="float32", codegen=codegen)
+    compiled = torch.compile(runs[0][0], backend=mp)
+    for _ in range(12):
+        x = torch.randn(6, 4)
+        same(compiled(x), runs[1][0](x), "loss")
+        for _, schedule in runs:
+            schedule.step()
+    same(dict(ours.named_parameters()), dict(theirs.named_parameters()), "parameters")
+    assert len(mp.graphs) <= (2 if "cycle" in name else 1)
+
+
+def test_a_scheduler_inside_the_step() -> None:
+    torch.manual_seed(0)
+    theirs = Net()
+    ours = copy.deepcopy(theirs)
+    steps = []
+    for model in (ours, theirs):
+        opt = SGD(model.parameters(), lr=0.1)
+        schedule = lr.StepLR(opt, 2, gamma=0.5)
+
+        def step(x: torch.Tensor, inner: Any = make_step(model, opt), schedule: Any = schedule) -> torch.Tensor:
+            loss = inner(x)
+            schedule.step()
+            return loss
+
+        steps.append(step)
+    compiled = torch.compile(steps[0], backend=MixedPrecision(dtype="float32", codegen="eager"))
+    for _ in range(6):
+        x = torch.randn(6, 4)
+        same(compiled(x), steps[1](x), "loss")
+    same(dict(ours.named_parameters()), dict(theirs.named_parameters()), "parameters")
