@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
-from .capture import checks, optim
+from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
 from .ir.text import to_text
@@ -82,7 +82,7 @@ def compile_frame(
         for event in record.events:
             places = [(p.group, p.position) for p in event.params if p.has_grad]
             optim.check(event.live(), event.where)
-            undo.append(optim.create_state(event.live(), places, event.where))
+            undo.append(optim_state.create_state(event.live(), places, event.where))
         return _Compilation(options, state, gm, inputs, mode, record).run()
     except BaseException:
         for back in undo:
@@ -168,15 +168,15 @@ class _Compilation:
 
 
 def _binding(event: Event) -> OptimizerBinding:
-    def recreate(optimizer: torch.optim.Optimizer) -> None:
-        optim.create_state(optimizer, event.places, event.where)
+    def fit(optimizer: torch.optim.Optimizer) -> None:
+        optim_state.fit_state(optimizer, event.places, event.state, event.where)
 
     def holds(optimizer: torch.optim.Optimizer) -> None:
         if event.comparisons:
             optim.check_comparisons(optimizer, event.dynamic, event.comparisons, event.where)
 
     keys = [(k.group, k.position, k.key) for k in event.state]
-    return OptimizerBinding(event.optimizer, keys, recreate, holds)
+    return OptimizerBinding(event.optimizer, keys, fit, holds)
 
 
 def _patience(options: Options, state: StepState) -> Callable[[], None]:

@@ -66,14 +66,11 @@ class ScalarTensors(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "item" and args[0].numel() == 1:
             return args[0].reshape(())
-        if name == "__bool__":
-            name, args = "__ne__", (args[0], 0)
-            setting = self._setting(args[0])
-            return func(args[0]) if setting is None else self._decide(setting, name, 0)
-        if name in _COMPARE and isinstance(args[1], (int, float)):
-            setting = self._setting(args[0])
-            if setting is not None:
-                return self._decide(setting, name, args[1])
+        setting = self._setting(args[0]) if args else None
+        if setting is not None and name == "__bool__":
+            return self._decide(setting, "__ne__", 0)
+        if setting is not None and name in _COMPARE and isinstance(args[1], (int, float)):
+            return self._decide(setting, name, args[1])
         if name.rstrip("_") == "lerp":
             return func(*_same_dtype(args), **{k: _as(args[0], v) for k, v in kwargs.items()})
         if isinstance(kwargs.get("alpha"), Tensor):
@@ -101,16 +98,23 @@ def _same_dtype(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_alpha(name: str, x: Any, other: Any, *, alpha: Tensor) -> Any:
-    foreach = name.startswith("_foreach_")
-    scaled = torch._foreach_mul(other, alpha) if foreach else other * alpha
-    function: Callable[..., Any] = getattr(torch if foreach else Tensor, name)
-    return function(x, scaled)
+    return _call(name, x, _scaled(x, other, alpha))
 
 
 def _with_value(name: str, x: Any, a: Any, b: Any, value: Tensor) -> Any:
-    foreach = name.startswith("_foreach_")
-    function: Callable[..., Any] = getattr(torch if foreach else Tensor, name)
-    return function(x, torch._foreach_mul(a, value) if foreach else a * value, b)
+    return _call(name, x, _scaled(x, a, value), b)
+
+
+def _scaled(x: Any, term: Any, factor: Tensor) -> Any:
+    """``term * factor``, in the dtype in which ``x + term`` is computed."""
+    if isinstance(x, (list, tuple)):
+        return [_scaled(y, t, factor) for y, t in zip(x, term, strict=True)]
+    return (term.to(torch.result_type(x, term)) if isinstance(term, Tensor) else term) * factor
+
+
+def _call(name: str, x: Any, *args: Any) -> Any:
+    function: Callable[..., Any] = getattr(torch if name.startswith("_foreach_") else Tensor, name)
+    return function(x, *args)
 
 
 # ---------------------------------------------------------------- min, max and math

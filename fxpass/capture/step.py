@@ -20,7 +20,7 @@ from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Phase, Role, StepGraph, Update
 from ..ir.marks import GRAD, MARK
-from . import optim
+from . import optim, optim_state
 from .scalars import Comparison
 
 
@@ -30,7 +30,7 @@ class Event:
 
     optimizer: Callable[[], torch.optim.Optimizer]
     places: list[tuple[int, int]]
-    state: list[optim.StateKey]
+    state: list[optim_state.StateKey]
     groups: int
     where: str
     dynamic: list[tuple[int, str, int | None]]
@@ -105,7 +105,7 @@ def _expand_optimizer(
     found = record.events[index]  # type: ignore[index]
     optimizer = found.live()
     places = [(p.group, p.position) for p in found.params if p.has_grad]
-    keys = optim.state_keys(optimizer, places)
+    keys = optim_state.state_keys(optimizer, places)
     state = [inputs.add(Role.STATE, f"{k.key}[{_param_name(by_name, found, k)}]") for k in keys]
     lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
     event = Event(found.live, places, keys, len(lr), found.where, found.dynamic)
@@ -136,7 +136,7 @@ def _as_tensor(before: Node, number: Any) -> Any:
         return before.graph.call_function(torch.scalar_tensor, (number,), {"dtype": torch.float64})
 
 
-def _param_name(by_name: dict[str, Node], found: Any, key: optim.StateKey) -> str:
+def _param_name(by_name: dict[str, Node], found: Any, key: optim_state.StateKey) -> str:
     for p in found.params:
         if (p.group, p.position) == (key.group, key.position):
             return str(p.node)

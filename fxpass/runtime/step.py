@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,9 @@ class OptimizerBinding:
 
     optimizer: Callable[[], Optimizer]
     state: Sequence[tuple[int, int, str]]  # (group, position, key)
-    recreate: Callable[[Optimizer], None]  # makes missing state as a first step would
+    fit: Callable[[Optimizer], None]  # brings state of another origin into the form the graph reads
     holds: Callable[[Optimizer], None]  # raises if a setting left what the graph assumes
+    known: list[Tensor] = field(default_factory=list)  # the state tensors of the last call
     lr: list[Tensor] = field(default_factory=list)
     lr_values: list[float] = field(default_factory=list)
 
@@ -28,13 +30,15 @@ class OptimizerBinding:
         """The live tensors, looked up anew: ``load_state_dict`` replaces them."""
         optimizer = self.optimizer()
         self.holds(optimizer)
+        tensors = self._read(optimizer)
+        if len(tensors) != len(self.known) or any(map(operator.is_not, tensors, self.known)):
+            self.fit(optimizer)
+            tensors = self.known = self._read(optimizer)
+        return tensors + self._learning_rates(optimizer.param_groups, device)
+
+    def _read(self, optimizer: Optimizer) -> list[Any]:
         groups, state = optimizer.param_groups, optimizer.state
-        try:
-            tensors = [state[groups[g]["params"][p]][key] for g, p, key in self.state]
-        except KeyError:
-            self.recreate(optimizer)
-            tensors = [state[groups[g]["params"][p]][key] for g, p, key in self.state]
-        return tensors + self._learning_rates(groups, device)
+        return [state.get(groups[g]["params"][p], {}).get(key) for g, p, key in self.state]
 
     def _learning_rates(self, groups: list[dict[str, Any]], device: torch.device) -> list[Tensor]:
         values = [group.get("lr", 0.0) for group in groups]

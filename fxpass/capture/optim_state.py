@@ -1,0 +1,236 @@
+"""Optimizer state before the first step: made as eager would make it, in the form the graph reads it.
+
+A graph needs every state tensor as an input, so state is created before the
+step is traced. Numbers become tensors: an exact skip holds them back on the
+device, without asking the host.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import OptimizerError
+
+
+@dataclass(frozen=True)
+class StateKey:
+    """Where a state tensor lives: ``optimizer.state[param_groups[group]["params"][position]][key]``."""
+
+    group: int
+    position: int
+    key: str
+    like: Tensor = field(compare=False, repr=False)  # its dtype, shape and strides, without its values
+
+
+def parameter(optimizer: Optimizer, group: int, position: int) -> Tensor:
+    """The parameter at that place of ``param_groups``."""
+    return optimizer.param_groups[group]["params"][position]
+
+
+def undecorated(function: Any) -> Any:
+    """``function`` without torch's own decorators: profiling, grad mode, graph breaks."""
+    while (
+        isinstance(function, FunctionType)
+        and hasattr(function, "__wrapped__")
+        and str(function.__globals__.get("__name__")).startswith("torch.")
+    ):
+        function = function.__wrapped__
+    return function
+
+
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Whether ``step`` and ``_init_group`` are those of a class in ``torch.optim``."""
+    methods = [inspect.unwrap(getattr(type(optimizer), n, len)) for n in ("step", "_init_group")]
+    return all((getattr(m, "__module__", "") or "").startswith("torch.optim.") for m in methods)
+
+
+def stand_in(optimizer: Optimizer, groups: list[dict[str, Any]], state: Any, *, clone: bool = False) -> Any:
+    """An optimizer of the same class, with other groups and state and a copy of its attributes."""
+    other = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        if name not in ("param_groups", "state", "step"):  # step: an LR scheduler's wrapper
+            other.__dict__[name] = copied(value, clone=clone)
+    other.__dict__.update(param_groups=groups, state=state)
+    return other
+
+
+def create_state(optimizer: Optimizer, places: Sequence[tuple[int, int]], where: str) -> Callable[[], None]:
+    """Create what is missing of the state at ``places`` as eager's first step would; returns an undo.
+
+    torch's optimizers do it in ``_init_group``, which gets a zero-stride zero
+    gradient that costs nothing. For a user-written one the step is run on a
+    clone of one parameter at a time and each state value is kept as it was when
+    first assigned.
+    """
+    params = [(g, parameter(optimizer, g, p)) for g, p in places]
+    before = {p: dict(optimizer.state[p]) for _, p in params if p in optimizer.state}
+
+    def undo() -> None:
+        for _, param in params:
+            optimizer.state.pop(param, None)
+            if param in before:
+                optimizer.state[param] = before[param]
+
+    create = _initial_state_of_torch if is_torchs(optimizer) else _initial_state_of_user
+    try:
+        for group, param in params:
+            state = dict(before.get(param, {}))
+            if not state or any(value is None for value in state.values()):
+                state = {**create(optimizer, group, param, where), **_present(state)}
+            if state:
+                optimizer.state[param] = {k: _as_tensor(v, param) for k, v in state.items()}
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def fit_state(
+    optimizer: Optimizer, places: Sequence[tuple[int, int]], keys: Sequence[StateKey], where: str
+) -> None:
+    """Bring state that was replaced (``load_state_dict``) or cleared into the form the graph reads.
+
+    Raises:
+        OptimizerError: a tensor of another shape.
+    """
+    create_state(optimizer, places, where)
+    for at in keys:
+        param = parameter(optimizer, at.group, at.position)
+        value = optimizer.state[param].get(at.key)
+        if not isinstance(value, Tensor) or value.shape != at.like.shape:
+            found = f"state[{at.key!r}] of a parameter of shape {tuple(param.shape)} is {_short(value)}"
+            hint = f"load state of the shape the step was compiled for, {tuple(at.like.shape)}"
+            raise OptimizerError(found, where=where, hint=hint)
+        if value.dtype != at.like.dtype or value.stride() != at.like.stride() or value.device != param.device:
+            fitting = torch.empty_like(at.like, device=param.device)
+            optimizer.state[param][at.key] = fitting.copy_(value)
+
+
+def state_keys(optimizer: Optimizer, places: Sequence[tuple[int, int]]) -> list[StateKey]:
+    """Every tensor of the optimizer's state for the parameters at ``places``, in a fixed order."""
+    return [
+        StateKey(group, position, key, value.detach().to("meta"))
+        for group, position in places
+        for key, value in optimizer.state.get(parameter(optimizer, group, position), {}).items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _present(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if value is not None}
+
+
+def _as_tensor(value: Any, param: Tensor) -> Any:
+    """A number as a float64 tensor, as precise as Python's; a 0-d tensor on the parameter's device."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.tensor(value, dtype=torch.float64, device=param.device)
+    return value.to(param.device) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+# ---------------------------------------------------------------- as the first step would make it
+
+
+def _initial_state_of_torch(optimizer: Optimizer, group: int, param: Tensor, where: str) -> dict[str, Any]:
+    init_group = inspect.unwrap(getattr(type(optimizer), "_init_group"))  # noqa: B009 - not of every Optimizer
+    proxy = param.detach()
+    proxy.grad = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
+    settings = {**optimizer.param_groups[group], "params": [proxy]}
+    other = stand_in(optimizer, [settings], defaultdict(dict))
+    lists = [[] for name in inspect.signature(init_group).parameters if name not in ("self", "group")]
+    with torch.no_grad():
+        init_group(other, settings, *lists)
+    state = _present(other.state.get(proxy, {}))
+    if isinstance(optimizer, torch.optim.SGD) and settings["momentum"] != 0:
+        state["momentum_buffer"] = torch.full_like(param.detach(), empty_momentum(settings))
+    return state
+
+
+def empty_momentum(group: dict[str, Any]) -> float:
+    """What stands for SGD's "no buffer yet", the first gradient becoming the buffer.
+
+    From zeros the update rule gives just that, unless it dampens: then it is
+    -0.0, which :func:`prime_momentum` tells from any buffer a step has written.
+    """
+    return 0.0 if group["dampening"] == 0 else -0.0
+
+
+def prime_momentum(buffer: Tensor, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+    """``buffer``, where it is empty such that ``m * buffer + (1 - d) * grad`` is the gradient itself."""
+    grad = (-grad if group["maximize"] else grad) + group["weight_decay"] * param
+    empty = torch.signbit(buffer) & (buffer == 0)
+    return torch.where(empty, grad * (group["dampening"] / group["momentum"]), buffer)
+
+
+def filled_momentum(buffer: Tensor) -> Tensor:
+    """``buffer`` without -0.0: it is no longer empty."""
+    return buffer.masked_fill(buffer == 0, 0.0)
+
+
+class _FirstValues(dict[str, Any]):
+    """A state dict that remembers each entry as it was when first assigned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.first:
+            self.first[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        super().__setitem__(key, value)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+
+def _initial_state_of_user(optimizer: Optimizer, group: int, param: Tensor, where: str) -> dict[str, Any]:
+    seen = [_first_values(optimizer, group, param, fill) for fill in (0.0, 1.0)]
+    for key, value in seen[0].items():
+        other = seen[1].get(key)
+        tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
+        if not (torch.equal(value, other) if tensors else value == other):
+            hint = f"initialise state[{key!r}] (with zeros, say) before the first gradient enters it"
+            found = f"{type(optimizer).__name__} creates state[{key!r}] from the gradient itself"
+            raise OptimizerError(found, where=where, hint=hint)
+    return seen[0]
+
+
+def _first_values(optimizer: Optimizer, group: int, param: Tensor, fill: float) -> dict[str, Any]:
+    proxy = param.detach().clone()
+    proxy.grad = torch.full_like(proxy, fill)
+    groups = [{**g, "params": [proxy] if i == group else []} for i, g in enumerate(optimizer.param_groups)]
+    state: defaultdict[Any, _FirstValues] = defaultdict(_FirstValues)
+    other = stand_in(optimizer, groups, state, clone=True)
+    with torch.no_grad():
+        undecorated(type(optimizer).step)(other)
+    return state[proxy].first if proxy in state else {}
+
+
+def copied(value: Any, *, clone: bool = False) -> Any:
+    """A copy of nested lists, dicts and tuples; what they hold is shared, or cloned if it is a tensor."""
+    if type(value) in (dict, defaultdict):
+        new = copy.copy(value)
+        new.update({k: copied(v, clone=clone) for k, v in value.items()})
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(copied(v, clone=clone) for v in value)
+    return value.detach().clone() if clone and isinstance(value, Tensor) else value
