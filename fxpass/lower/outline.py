@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from .. import _torch
 from ..ir.graph import Phase, Role, StepGraph, origin, phase
+from .scalars import hold_scalars
 
 aten = torch.ops.aten
 
@@ -124,6 +125,8 @@ def to_graph(unit: Unit) -> GraphModule:
     for node in unit.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(())
+    hold_scalars(graph)
+    graph.lint()
     return GraphModule(torch.nn.Module(), graph)
 
 
