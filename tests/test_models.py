@@ -16,6 +16,9 @@ from torch import Tensor, nn
 # said by torch.backends.mkldnn.flags on machines without an Intel GPU
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
 STEPS = 30
+# Gradients of embeddings are stored in float16 here and in float32 by torch.amp, which can
+# therefore go on with a larger scale: start where neither of them overflows.
+SCALE = 2.0**10
 Loss = Callable[..., Tensor]
 Case = tuple[nn.Module, Loss, tuple[Tensor, ...]]
 
@@ -33,6 +36,8 @@ class Gpt(nn.Module):
         self.places = nn.Embedding(16, width)
         self.blocks = nn.ModuleList(GptBlock(width) for _ in range(2))
         self.norm = nn.LayerNorm(width)
+        for table in (self.tokens, self.places):
+            nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
@@ -99,6 +104,8 @@ def gru() -> Case:
     return Recurrent(nn.GRU), _next_token, (_ids(),)
 
 
+# transformers writes problem_type into the config during the first call: a second graph
+CLASSES = "single_label_classification"
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -118,7 +125,12 @@ def bert() -> Case:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SMALL
+        vocab_size=32,
+        num_labels=3,
+        problem_type=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SMALL,
     )
     mask = torch.ones(4, 8, dtype=torch.int64)
     mask[0, 5:] = 0
@@ -129,10 +141,8 @@ def bert() -> Case:
 def t5() -> Case:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, use_cache=False
-    )
-    model = T5ForConditionalGeneration(config)
+    sizes = {"vocab_size": 32, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
     return model, lambda m, ids, y: m(input_ids=ids, labels=y, use_cache=False).loss, (_ids(), _ids(length=6))
 
 
@@ -143,6 +153,7 @@ def vit() -> Case:
         image_size=16,
         patch_size=4,
         num_labels=5,
+        problem_type=CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         **SMALL,
@@ -154,7 +165,8 @@ def vit() -> Case:
 def resnet() -> Case:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=5, layer_type="basic")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, num_labels=5, problem_type=CLASSES)
     loss = lambda m, x, y: m(pixel_values=x, labels=y).loss
     return ResNetForImageClassification(config), loss, (torch.randn(8, 3, 16, 16), torch.randint(5, (8,)))
 
@@ -167,7 +179,7 @@ def train(case: Case, dtype: torch.dtype | None, backend: MixedPrecision | None 
     model, loss_of, batch = case
     model.train()
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler("cpu", SCALE, enabled=dtype is torch.float16)
 
     def eager(*batch: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -202,7 +214,9 @@ def both(build: Callable[[], Case], dtype: torch.dtype) -> tuple[list[float], li
     """Losses of the compiled step and of eager torch.amp, from the same weights."""
     case = build()
     twin = copy.deepcopy(case[0]), *case[1:]
-    mp = MixedPrecision(dtype=dtype, codegen="eager")
+    mp = MixedPrecision(
+        dtype=dtype, loss_scale=SCALE if dtype is torch.float16 else None, codegen="eager"
+    )
     actual = train(case, None, mp)
     one_known_graph(mp)
     return actual, train(twin, None if dtype is torch.float32 else dtype)
