@@ -173,7 +173,7 @@ def _binding(event: Event) -> OptimizerBinding:
 
     def holds(optimizer: torch.optim.Optimizer) -> None:
         if event.comparisons:
-            optim.check_comparisons(optimizer, event.dynamic, event.comparisons, event.where)
+            optim.check_comparisons(optimizer, event.comparisons, event.where)
 
     keys = [(k.group, k.position, k.key) for k in event.state]
     return OptimizerBinding(event.optimizer, keys, fit, holds)

@@ -20,6 +20,10 @@ class FxpassError(Exception):
         if hint:
             parts.append(f"  to do: {hint}")
         super().__init__("\n".join(parts))
+        self._message = "\n".join(parts)
+
+    def __str__(self) -> str:
+        return self._message  # torch.fx appends its own text to args on the way out
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.found, self.where, self.hint))

@@ -3,6 +3,7 @@
 from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
 from .aot import grad_with_forward_links as grad_with_forward_links
+from .aot import python_values as python_values
 from .aot import trace as trace
 from .dynamo import current_record as current_record
 from .dynamo import install as install

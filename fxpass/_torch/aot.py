@@ -17,6 +17,7 @@ import torch
 import torch.compiler
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
 
 from ..errors import CaptureError
@@ -57,6 +58,24 @@ def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 def compiling_flag() -> Iterator[None]:
     """Make ``torch.compiler.is_compiling()`` true: optimizers then use tensor maths for their step counts."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+        yield
+
+
+@contextlib.contextmanager
+def python_values(truth: Callable[[torch.Tensor], bool]) -> Iterator[None]:
+    """While tracing, ``bool(tensor)`` is ``truth(tensor)`` and a tensor converts to no number.
+
+    FunctionalTensor's own methods go through ``item()``, where the two cannot be told apart.
+    """
+
+    def refuse(tensor: torch.Tensor) -> Any:
+        raise TypeError("a tensor's value is read by float() or int()")
+
+    methods = {"__bool__": lambda tensor: truth(tensor)}
+    methods |= dict.fromkeys(("__float__", "__int__", "__index__"), refuse)
+    with contextlib.ExitStack() as stack:
+        for name, method in methods.items():
+            stack.enter_context(mock.patch.object(FunctionalTensor, name, method))
         yield
 
 

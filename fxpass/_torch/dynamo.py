@@ -113,6 +113,7 @@ def _patches() -> Iterator[None]:
             "call_function",
             _zero_grad_hook(functions.UserMethodVariable.call_function),
         )
+        patch(output_graph.OutputGraph, "__init__", _restart_hook(output_graph.OutputGraph.__init__))
         patch(output_graph.OutputGraph, "_validate_outputs_safe_for_autograd_nodes", _note_consumed_outputs)
         patch(
             output_graph.OutputGraph,
@@ -120,6 +121,16 @@ def _patches() -> Iterator[None]:
             _compile_subgraph_hook(output_graph.OutputGraph.compile_subgraph),
         )
         yield
+
+
+def _restart_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo makes one OutputGraph per attempt: after a restart the record starts anew."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _record().restart()
+        original(self, *args, **kwargs)
+
+    return __init__
 
 
 def _record() -> FrameRecord:

@@ -66,3 +66,7 @@ class FrameRecord:
     break_where: str = ""
     break_after: bool = False  # the break came after optimizer.step()
     error: FxpassError | None = None
+
+    def restart(self) -> None:
+        """Forget what was seen: Dynamo traces the frame again from its start."""
+        vars(self).update(vars(FrameRecord(self.backend)) | {"error": self.error})

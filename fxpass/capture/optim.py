@@ -9,15 +9,17 @@ internals, and the user's optimizer object is never touched by tracing.
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from .. import _torch
 from ..errors import OptimizerError
@@ -26,20 +28,21 @@ from .optim_state import (
     StateKey,
     copied,
     filled_momentum,
+    is_torchs,
     parameter,
     prime_momentum,
     stand_in,
     undecorated,
 )
-from .scalars import Comparison, ScalarTensors, tensor_functions
+from .scalars import Comparison, ScalarTensors, Setting, tensor_functions
 
-Setting = tuple[int, str, int | None]  # param group, key, position in a tuple
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # no code of the user's
 State = defaultdict[Any, dict[str, Any]]
 
 
 def check(optimizer: Optimizer, where: str) -> None:
     """Raise :class:`OptimizerError` for an optimizer whose step cannot become graph nodes."""
-    refused = _refused_hooks(optimizer)
+    refused = _refused_hooks(optimizer) or _refused_attributes(optimizer)
     for number, group in enumerate(optimizer.param_groups):
         refused = refused or _refused_group(type(optimizer).__name__, number, group)
         for param in group["params"]:
@@ -73,10 +76,28 @@ def _refused_parameter(name: str, param: Tensor) -> tuple[str, str] | None:
     return None
 
 
+def _refused_attributes(optimizer: Optimizer) -> tuple[str, str] | None:
+    own = {} if is_torchs(optimizer) else vars(optimizer)
+    for key, value in own.items():
+        if key not in ("defaults", "param_groups", "state") and _holds_tensor(value):
+            found = (
+                f"{type(optimizer).__name__} keeps tensors in self.{key}, which a compiled step cannot see"
+            )
+            return found, "keep them in optimizer.state[parameter], and parameters in param_groups alone"
+    return None
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+
+
 def _refused_hooks(optimizer: Optimizer) -> tuple[str, str] | None:
     name = type(optimizer).__name__
-    everywhere = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
-    if any((optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *everywhere)):
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    everywhere = [getattr(sys.modules[Optimizer.__module__], n, None) for n in names]
+    if any([optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *everywhere]):
         hint = "call what the hook does in the step itself, or before and after the compiled step"
         return f"{name} has step hooks registered, which would not run", hint
     step = vars(optimizer).get("step")
@@ -94,36 +115,42 @@ class StepTensors:
     grads: list[Tensor]
     state: dict[StateKey, Tensor]
     lr: list[Tensor]  # one 0-d float64 per param group
-    dynamic: list[tuple[Setting, Tensor]]  # settings that are tensors
+    dynamic: list[tuple[tuple[int, str, int | None], Tensor]]  # settings that are tensors
 
 
 def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, where: str) -> list[Comparison]:
     """Update ``tensors`` in place as ``optimizer.step()`` would; mark every new value with UPDATE.
 
     The marks are numbered from ``first_update``: parameters first, then state,
-    in the order of ``tensors``. Returns the comparisons of settings that the
-    trace took for granted.
+    in the order of ``tensors``. Returns what the trace took for granted.
     """
     name = type(optimizer).__name__
     groups = _traced_groups(optimizer, tensors)
     with torch.no_grad():
         state = _traced_state(optimizer, tensors, groups)
     traced, before = stand_in(optimizer, groups, state), copied(groups)
-    values = [_setting(optimizer, at) for at, _ in tensors.dynamic]
-    mode = ScalarTensors([(t, v) for (_, t), v in zip(tensors.dynamic, values, strict=True)])
+    mode = ScalarTensors(_settings(optimizer, tensors))
     try:
-        with torch.no_grad(), _torch.compiling_flag(), tensor_functions(type(optimizer)), mode:
-            undecorated(type(optimizer).step)(traced)
+        with torch.no_grad(), _torch.compiling_flag(), _torch.python_values(mode.truth):
+            with tensor_functions(type(optimizer)), mode:
+                undecorated(type(optimizer).step)(traced)
     except Exception as error:
         hint = "its step() must be plain tensor maths: no reads of values, no branches on tensors"
-        raise OptimizerError(f"{name}.step() could not be traced: {error}", where=where, hint=hint) from error
+        found = f"{name}.step() could not be traced: {error}{_line(error)}"
+        raise OptimizerError(found, where=where, hint=hint) from error
     if changed := _hidden_changes(optimizer, traced, before) or _new_state(optimizer, tensors, state):
         hint = "keep what changes from step to step in optimizer.state[parameter], as tensors or numbers"
         found = f"{name}.step() {changed}, which a compiled step cannot follow"
         raise OptimizerError(found, where=where, hint=hint)
     with torch.no_grad():
         _write_back(optimizer, tensors, state, groups, first_update)
-    return mode.comparisons
+    return mode.comparisons + _constants(optimizer)
+
+
+def _line(error: Exception) -> str:
+    """Where in the optimizer's own code the error arose."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str, Any]]:
@@ -157,7 +184,7 @@ def _traced_state(optimizer: Optimizer, tensors: StepTensors, groups: list[dict[
             if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
                 # eager computes with step counts as Python floats: 1 - 0.999**step needs their precision
                 value = value.double()
-            if _dampens(optimizer, groups[g]) and key == "momentum_buffer":
+            if _dampens(optimizer, groups[g]) and key == "momentum_buffer" and isinstance(value, Tensor):
                 value = prime_momentum(value, param, grad, groups[g])
             state[param][key] = value
     return state
@@ -168,10 +195,26 @@ def _dampens(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     return isinstance(dampening, Tensor) or dampening != 0
 
 
-def _setting(optimizer: Optimizer, at: Setting) -> float:
+def _setting(optimizer: Optimizer, at: Setting) -> Any:
     group, key, position = at
-    value = optimizer.param_groups[group][key]
-    return value if position is None else value[position]
+    value = vars(optimizer).get(key) if group is None else optimizer.param_groups[group].get(key)
+    return value[position] if position is not None and isinstance(value, tuple) else value
+
+
+def _settings(optimizer: Optimizer, tensors: StepTensors) -> list[tuple[Setting, Tensor, float]]:
+    lrs = [((g, "lr", None), t) for g, t in enumerate(tensors.lr) if "lr" in optimizer.param_groups[g]]
+    return [(at, tensor, float(_setting(optimizer, at))) for at, tensor in (*tensors.dynamic, *lrs)]
+
+
+def _constants(optimizer: Optimizer) -> list[Comparison]:
+    """Numbers that a user-written step may read and that Dynamo has no guard on."""
+    if is_torchs(optimizer):
+        return []
+    at: list[Setting] = [(None, name, None) for name in vars(optimizer) if not name.startswith("_")]
+    for g, group in enumerate(optimizer.param_groups):
+        at += [(g, key, None) for key in group if key not in (*optimizer.defaults, "params", "lr")]
+    values = [(setting, _setting(optimizer, setting)) for setting in at]
+    return [Comparison(s, "eq", v, True) for s, v in values if isinstance(v, (bool, int, float, str))]
 
 
 def _new_state(optimizer: Optimizer, tensors: StepTensors, state: State) -> str:
@@ -236,13 +279,12 @@ def _unchanged(now: Any, then: Any) -> bool:
     return bool(now == then)
 
 
-def check_comparisons(
-    optimizer: Optimizer, dynamic: Sequence[Setting], comparisons: Sequence[Comparison], where: str
-) -> None:
+def check_comparisons(optimizer: Optimizer, comparisons: Sequence[Comparison], where: str) -> None:
     """Raise :class:`OptimizerError` if a setting no longer compares as it did when the step was compiled."""
     for comparison in comparisons:
-        at = dynamic[comparison.setting]
-        if not comparison.holds(_setting(optimizer, at)):
+        group, key, _ = comparison.setting
+        if not comparison.holds(_setting(optimizer, comparison.setting)):
             hint = "call torch.compiler.reset() (or make a new optimizer) after such a change"
-            found = f"param_groups[{at[0]}][{at[1]!r}] changed so that the optimizer takes another branch"
+            place = f"self.{key}" if group is None else f"param_groups[{group}][{key!r}]"
+            found = f"{place} of {type(optimizer).__name__} changed in a way the compiled step cannot follow"
             raise OptimizerError(found, where=where, hint=hint)

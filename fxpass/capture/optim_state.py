@@ -44,7 +44,7 @@ def undecorated(function: Any) -> Any:
         and hasattr(function, "__wrapped__")
         and str(function.__globals__.get("__name__")).startswith("torch.")
     ):
-        function = function.__wrapped__
+        function = vars(function)["__wrapped__"]
     return function
 
 
@@ -206,12 +206,17 @@ def _initial_state_of_user(optimizer: Optimizer, group: int, param: Tensor, wher
     seen = [_first_values(optimizer, group, param, fill) for fill in (0.0, 1.0)]
     for key, value in seen[0].items():
         other = seen[1].get(key)
-        tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
-        if not (torch.equal(value, other) if tensors else value == other):
+        if not _equal(value, other):
             hint = f"initialise state[{key!r}] (with zeros, say) before the first gradient enters it"
             found = f"{type(optimizer).__name__} creates state[{key!r}] from the gradient itself"
             raise OptimizerError(found, where=where, hint=hint)
     return seen[0]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
 
 
 def _first_values(optimizer: Optimizer, group: int, param: Tensor, fill: float) -> dict[str, Any]:

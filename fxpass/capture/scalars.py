@@ -11,6 +11,7 @@ and remembered so that the runtime can check them.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -24,33 +25,36 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "__eq__": operator.eq,
-    "__ne__": operator.ne,
-    "__lt__": operator.lt,
-    "__le__": operator.le,
-    "__gt__": operator.gt,
-    "__ge__": operator.ge,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
 }
+
+Setting = tuple[int | None, str, int | None]  # param group, or None: an attribute; key; position in a tuple
+_SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 
 
 @dataclass(frozen=True)
 class Comparison:
     """``setting <op> number`` was ``outcome`` when the step was captured."""
 
-    setting: int
+    setting: Setting
     op: str
-    number: float
+    number: Any
     outcome: bool
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: Any) -> bool:
         """Whether ``value`` of the setting still gives the captured outcome."""
         return _COMPARE[self.op](value, self.number) == self.outcome
 
 
 class ScalarTensors(TorchFunctionMode):
-    """Interprets 0-d tensors as numbers; ``settings`` pairs a tensor with its present value."""
+    """Interprets 0-d tensors as numbers; ``settings`` are tensors of settings with their present values."""
 
-    def __init__(self, settings: Sequence[tuple[Tensor, float]] = ()) -> None:
+    def __init__(self, settings: Sequence[tuple[Setting, Tensor, float]] = ()) -> None:
         super().__init__()
         self.settings = list(settings)
         self.comparisons: list[Comparison] = []
@@ -66,12 +70,14 @@ class ScalarTensors(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "item" and args[0].numel() == 1:
             return args[0].reshape(())
-        setting = self._setting(args[0]) if args else None
-        if setting is not None and name == "__bool__":
-            return self._decide(setting, "__ne__", 0)
-        if setting is not None and name in _COMPARE and isinstance(args[1], (int, float)):
-            return self._decide(setting, name, args[1])
-        if name.rstrip("_") == "lerp":
+        if func == _SET_DATA:
+            return args[0].copy_(args[1])  # the parameter itself must receive the value
+        op = name.strip("_")
+        if op in _COMPARE and isinstance(args[1], (int, float)):
+            for setting, tensor, value in self.settings:
+                if args[0] is tensor:
+                    return self._decide(setting, value, op, args[1])
+        if op == "lerp":
             return func(*_same_dtype(args), **{k: _as(args[0], v) for k, v in kwargs.items()})
         if isinstance(kwargs.get("alpha"), Tensor):
             return _with_alpha(name, *args, **kwargs)
@@ -79,11 +85,19 @@ class ScalarTensors(TorchFunctionMode):
             return _with_value(name, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _setting(self, tensor: Any) -> int | None:
-        return next((i for i, (known, _) in enumerate(self.settings) if known is tensor), None)
+    def truth(self, tensor: Tensor) -> bool:
+        """``bool(tensor)`` of a setting.
 
-    def _decide(self, setting: int, op: str, number: float) -> bool:
-        outcome = _COMPARE[op](self.settings[setting][1], number)
+        Raises:
+            TypeError: it is no setting, and its value is not known.
+        """
+        for setting, known, value in self.settings:
+            if known is tensor:
+                return self._decide(setting, value, "ne", 0)
+        raise TypeError("it branches on the value of a tensor")
+
+    def _decide(self, setting: Setting, value: float, op: str, number: float) -> bool:
+        outcome = _COMPARE[op](value, number)
         self.comparisons.append(Comparison(setting, op, number, outcome))
         return outcome
 
@@ -143,7 +157,7 @@ _MATH: dict[Any, Callable[..., Any]] = {
     for name in dir(math)
     if callable(getattr(math, name)) and hasattr(torch, name)
 }
-_MATH_MODULE = SimpleNamespace(**{k: _MATH.get(v, v) if callable(v) else v for k, v in vars(math).items()})
+_MATH_MODULE: Any = SimpleNamespace(**vars(math) | {f.__name__: new for f, new in _MATH.items()})
 _BUILTINS = {"min": _extreme(torch.minimum, min), "max": _extreme(torch.maximum, max)}
 
 
@@ -164,8 +178,8 @@ def tensor_functions(owner: type) -> Iterator[None]:
     The builtins and ``math`` would ask the host for a number. For numbers the
     stand-ins do what the originals do, and the originals are put back.
     """
-    functions = [f for cls in owner.__mro__ for f in map(_innermost, vars(cls).values())]
-    modules = {id(f.__globals__): f.__globals__ for f in functions if isinstance(f, FunctionType)}
+    methods = [f for cls in owner.__mro__ for f in vars(cls).values() if isinstance(f, FunctionType)]
+    modules = {id(names): names for names in (inspect.unwrap(f).__globals__ for f in methods)}
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for names in modules.values():
@@ -179,9 +193,3 @@ def tensor_functions(owner: type) -> Iterator[None]:
                 if names.get(name) is _BUILTINS[name]:
                     del names[name]
             names.update(old)
-
-
-def _innermost(function: Any) -> Any:
-    while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function

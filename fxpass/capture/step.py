@@ -101,8 +101,9 @@ class _ExtraInputs:
 def _expand_optimizer(
     node: Node, record: Any, captured: Captured, inputs: _ExtraInputs, by_name: dict[str, Node]
 ) -> None:
-    index, params, grads, dynamic = node.args
-    found = record.events[index]  # type: ignore[index]
+    arguments: Any = node.args
+    index, params, grads, dynamic = arguments
+    found = record.events[index]
     optimizer = found.live()
     places = [(p.group, p.position) for p in found.params if p.has_grad]
     keys = optim_state.state_keys(optimizer, places)
@@ -110,8 +111,8 @@ def _expand_optimizer(
     lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
     event = Event(found.live, places, keys, len(lr), found.where, found.dynamic)
     first = len(captured.update_slots)
-    captured.update_slots += [(index, n.name) for n in (*params, *state)]  # type: ignore[misc, union-attr]
-    captured.parameters += [n for n in params if n not in captured.parameters]  # type: ignore[union-attr]
+    captured.update_slots += [(index, n.name) for n in (*params, *state)]
+    captured.parameters += [n for n in params if n not in captured.parameters]
     captured.events.append(event)
 
     def expand(params: Any, grads: Any, state: Any, lr: Any, dynamic: Any) -> None:
@@ -123,17 +124,20 @@ def _expand_optimizer(
             event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand
-    node.args = (params, grads, state, lr, [_as_tensor(node, d) for d in dynamic])  # type: ignore[union-attr]
+    device = optim_state.parameter(optimizer, *places[0]).device
+    numbers = [_as_tensor(node, number, device) for number in dynamic]
+    node.args = (params, grads, state, lr, numbers)
 
 
-def _as_tensor(before: Node, number: Any) -> Any:
-    """A symbolic float of Dynamo's is ``item()`` of a float64 input: take that input instead."""
-    if isinstance(number, Node) and number.op == "call_method" and number.target == "item":
-        number = number.args[0]
-        with before.graph.inserting_before(before):
-            return before.graph.call_method("to", (number, torch.float64))
+def _as_tensor(before: Node, number: Any, device: torch.device) -> Node:
+    """A symbolic float as a 0-d float64 tensor.
+
+    By a multiplication, since AOTAutograd replaces only arithmetic with symbolic
+    floats by tensors, and makes a constant of one that is used otherwise.
+    """
     with before.graph.inserting_before(before):
-        return before.graph.call_function(torch.scalar_tensor, (number,), {"dtype": torch.float64})
+        one = before.graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": device})
+        return before.graph.call_function(torch.mul, (one, number))
 
 
 def _param_name(by_name: dict[str, Node], found: Any, key: optim_state.StateKey) -> str:
