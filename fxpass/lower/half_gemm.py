@@ -8,11 +8,13 @@ rounding as a float16 kernel with float32 accumulation, in a small scratch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.graph import StepGraph, tensor
 
 aten = torch.ops.aten
 BLOCK = (
@@ -61,64 +63,65 @@ _library.impl("half_addmm", _half_addmm, "CPU")
 torch.library.register_fake("fxpass::half_mm", _fake_mm, lib=_library)
 torch.library.register_fake("fxpass::half_addmm", _fake_addmm, lib=_library)
 
-# Computed in float32 between casts: these read activations, which are small next to weights.
-WIDENED = (
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.convolution.default,
-    aten.convolution_backward.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-)
-REASON = "this CPU has no float16 matrix product"
+# Other products: computed from float32 copies of all their operands, which are activations.
+# For each, which outputs are float16 (the others, such as logsumexp, keep their dtype).
+WIDENED = {
+    aten.bmm.default: (True,),
+    aten.baddbmm.default: (True,),
+    aten.convolution.default: (True,),
+    aten.convolution_backward.default: (True, True, True),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (True, False),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (True, True, True),
+}
+
+
+def _define_widened(target: torch._ops.OpOverload, half_outputs: tuple[bool, ...]) -> torch._ops.OpOverload:
+    """An operator of ``target``'s schema that computes it in float32.
+
+    One call, not casts around a call: Inductor would fuse the casts of forward
+    and backward and keep the float32 copies from one to the other.
+    """
+    name = "half_" + target._schema.name.split("::")[1]
+    _library.define(name + str(target._schema).split(target._schema.name)[1])
+
+    def wide(*args: Any) -> Any:
+        out = target(*(a.float() if _is_half_tensor(a) else a for a in args))
+        outs = out if isinstance(out, tuple) else (out,)
+        dtype = next(a.dtype for a in args if _is_half_tensor(a))
+        narrow = tuple(o.to(dtype) if h and o is not None else o for o, h in zip(outs, half_outputs, strict=True))
+        return narrow if isinstance(out, tuple) else narrow[0]
+
+    _library.impl(name, wide, "CPU")
+    torch.library.register_fake(f"fxpass::{name}", lambda *args: target(*args), lib=_library)
+    return getattr(torch.ops.fxpass, name).default
+
+
+def _is_half_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.float16
+
+
+REPLACEMENTS = {
+    aten.mm.default: torch.ops.fxpass.half_mm.default,
+    **{target: _define_widened(target, outputs) for target, outputs in WIDENED.items()},
+}
 
 
 def replace_half_gemms(step: StepGraph) -> int:
     """Rewrite every float16 product of ``step`` for such a CPU; returns how many."""
-    edit = Editor(step, "half_gemm")
     count = 0
-    for node in list(step.graph.nodes):
-        halves = [n for n in node.all_input_nodes if _is_half(n)]
-        if node.op != "call_function" or not halves:
+    for node in step.nodes():
+        if not any(_is_half(n) for n in node.all_input_nodes):
             continue
-        if node.target is aten.mm.default:
-            node.target = torch.ops.fxpass.half_mm.default
+        if node.target in REPLACEMENTS:
+            node.target = REPLACEMENTS[node.target]
         elif node.target is aten.addmm.default and not node.kwargs and tensor(node.args[0]).ndim == 1:
             node.target = torch.ops.fxpass.half_addmm.default
-        elif node.target in WIDENED:
-            _widen(step, edit, node)
         else:
             continue
         count += 1
     return count
 
 
-def _is_half(node: torch.fx.Node) -> bool:
+def _is_half(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype is torch.float16 and value.device.type == "cpu"
-
-
-def _widen(step: StepGraph, edit: Editor, node: torch.fx.Node) -> None:
-    when = node.meta["fxpass_phase"]
-    old = node.meta["val"]
-    with edit.before(node):
-        for source in list(node.all_input_nodes):
-            if _is_half(source):
-                node.replace_input_with(source, edit.cast(source, torch.float32, when=when, reason=REASON))
-    edit.refresh(node)
-    if isinstance(old, torch.Tensor):
-        _narrow(edit, node, old.dtype, when)
-        return
-    for item in list(node.users):
-        index = item.args[1]
-        if isinstance(old[index], torch.Tensor) and old[index].dtype is torch.float16:
-            item.meta["val"] = node.meta["val"][index]
-            _narrow(edit, item, torch.float16, when)
-        else:
-            item.meta["val"] = node.meta["val"][index]
-
-
-def _narrow(edit: Editor, node: torch.fx.Node, dtype: torch.dtype, when: Phase) -> None:
-    with edit.after(node):
-        narrow = edit.cast(node, dtype, when=when, reason=REASON)
-    edit.replace_uses(node, narrow, keep=lambda user: user is narrow)
+    return _is_half_tensor(value) and value.device.type == "cpu"

@@ -1,0 +1,111 @@
+import fxpass
+import pytest
+import torch
+from fxpass import DynamicLossScale, MixedPrecision, OptionError, StaticLossScale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, r"dtype='int8'.*float16, bfloat16 or float32"),
+        ({"dtype": torch.float64}, "dtype=torch.float64"),
+        ({"loss_scale": "sometimes"}, "loss_scale='sometimes'"),
+        ({"loss_scale": -1.0}, r"scale=-1.0.*> 0"),
+        ({"loss_scale": True}, "loss_scale=True"),
+        ({"max_norm": 0}, "max_norm=0"),
+        ({"max_norm": "1.0"}, "max_norm='1.0'"),
+        ({"norm_type": 1.0}, "norm_type=1.0.*2.0 or inf"),
+        ({"clip_value": float("nan")}, "clip_value=nan"),
+        ({"grads": "sometimes"}, "grads='sometimes'.*'drop' or 'keep'"),
+        ({"keep_fp32": "norm"}, "keep_fp32='norm'.*tuple"),
+        ({"verify": 1}, "verify=1"),
+        ({"inductor": []}, r"inductor=\[\]"),
+    ],
+)
+def test_wrong_values(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message) as error:
+        MixedPrecision(**options)  # pyright: ignore[reportArgumentType]
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backoff_factor": 1.0}, "backoff_factor=1.0.*between 0 and 1"),
+        ({"growth_interval": 0}, "growth_interval=0.*integer >= 1"),
+        ({"growth_factor": 0.5}, "growth_factor=0.5"),
+        ({"hysteresis": 1.5}, "hysteresis=1.5"),
+        ({"min_scale": 2.0**20}, "min_scale=1048576.0.*at most init_scale"),
+        ({"max_scale": 2.0}, "max_scale=2.0.*at least init_scale"),
+        ({"init_scale": float("inf")}, "init_scale=inf"),
+    ],
+)
+def test_wrong_scale_settings(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        DynamicLossScale(**settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_defaults_follow_the_dtype() -> None:
+    assert MixedPrecision().loss_scale == DynamicLossScale()
+    assert MixedPrecision(dtype="bf16").loss_scale is None
+    assert MixedPrecision(dtype="torch.float32").dtype is torch.float32
+    assert MixedPrecision(loss_scale=128).loss_scale == StaticLossScale(128.0)
+    assert MixedPrecision(keep_fp32=["norm"]).keep_fp32 == ("norm",)  # pyright: ignore[reportArgumentType]
+
+
+def step_of(**kwargs: object):  # noqa: ANN201
+    weight = torch.nn.Parameter(torch.ones(2))
+    opt = torch.optim.SGD([weight], lr=0.5)
+
+    def step() -> None:
+        weight.sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    return torch.compile(step, **kwargs), weight  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_an_unknown_name_is_named_with_its_neighbour() -> None:
+    step, _ = step_of(backend="mixedprec", options={"max_nrom": 1.0})
+    with pytest.raises(OptionError, match=r"'max_nrom' does not exist(.|\n)*did you mean 'max_norm'"):
+        step()
+
+
+def test_options_beside_an_object_are_refused() -> None:
+    step, _ = step_of(backend=MixedPrecision(codegen="eager"), options={"max_norm": 1.0})
+    with pytest.raises(OptionError, match="with a MixedPrecision object"):
+        step()
+
+
+def test_string_backend_and_its_handle() -> None:
+    step, weight = step_of(backend="mixedprec", options={"codegen": "eager", "max_norm": 0.1})
+    handle = fxpass.of(step)
+    step()
+    assert handle.stats().steps == 1
+    assert handle.stats().clipped == 1
+    assert fxpass.of(step) is handle
+    assert not torch.equal(weight, torch.ones(2))
+
+
+def test_two_compilations_do_not_share_a_scaler() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    opt = torch.optim.SGD([weight], lr=0.5)
+
+    def step() -> None:
+        weight.sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    options = {"codegen": "eager"}
+    first = torch.compile(step, backend="mixedprec", options=options)
+    second = torch.compile(step, backend="mixedprec", options=options)
+    first()
+    first()
+    second()
+    assert (fxpass.of(first).stats().steps, fxpass.of(second).stats().steps) == (2, 1)
+
+
+def test_of_something_else_is_an_error() -> None:
+    for thing in (print, torch.compile(print, backend="eager"), torch.nn.Linear(1, 1)):
+        with pytest.raises(OptionError, match="not a step compiled by fxpass"):
+            fxpass.of(thing)
