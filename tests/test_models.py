@@ -78,7 +78,11 @@ def conv_net() -> Case:
         nn.Flatten(),
         nn.Linear(16, 5),
     )
-    return model, lambda m, x, y: F.cross_entropy(m(x), y), (torch.randn(8, 3, 12, 12), torch.randint(5, (8,)))
+    return (
+        model,
+        lambda m, x, y: F.cross_entropy(m(x), y),
+        (torch.randn(8, 3, 12, 12), torch.randint(5, (8,))),
+    )
 
 
 class Recurrent(nn.Module):
@@ -174,8 +178,10 @@ def resnet() -> Case:
 MODELS = [gpt, conv_net, lstm, gru, llama, bert, t5, vit, resnet]
 
 
-def train(case: Case, dtype: torch.dtype | None, backend: MixedPrecision | None = None) -> list[float]:
-    """Losses of ``STEPS`` steps: compiled with ``backend``, else eagerly with autocast to ``dtype``."""
+def train(
+    case: Case, dtype: torch.dtype | None, backend: MixedPrecision | None = None, steps: int = STEPS
+) -> list[float]:
+    """Losses of ``steps`` steps: compiled with ``backend``, else eagerly with autocast to ``dtype``."""
     model, loss_of, batch = case
     model.train()
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -200,7 +206,7 @@ def train(case: Case, dtype: torch.dtype | None, backend: MixedPrecision | None 
     step = torch.compile(ours, backend=backend) if backend else eager
     # oneDNN has no float16 LSTM for CPUs without AVX512-FP16, and autocast asks for it
     with torch.backends.mkldnn.flags(enabled=dtype is not torch.float16):
-        return [float(step(*batch).detach()) for _ in range(STEPS)]
+        return [float(step(*batch).detach()) for _ in range(steps)]
 
 
 def one_known_graph(mp: MixedPrecision) -> None:
@@ -210,16 +216,16 @@ def one_known_graph(mp: MixedPrecision) -> None:
     assert not [reason for reason in cast.declined if "policy" in reason or "could not" in reason]
 
 
-def both(build: Callable[[], Case], dtype: torch.dtype) -> tuple[list[float], list[float]]:
+def both(
+    build: Callable[[], Case], dtype: torch.dtype, steps: int = STEPS
+) -> tuple[list[float], list[float]]:
     """Losses of the compiled step and of eager torch.amp, from the same weights."""
     case = build()
     twin = copy.deepcopy(case[0]), *case[1:]
-    mp = MixedPrecision(
-        dtype=dtype, loss_scale=SCALE if dtype is torch.float16 else None, codegen="eager"
-    )
-    actual = train(case, None, mp)
+    mp = MixedPrecision(dtype=dtype, loss_scale=SCALE if dtype is torch.float16 else None, codegen="eager")
+    actual = train(case, None, mp, steps)
     one_known_graph(mp)
-    return actual, train(twin, None if dtype is torch.float32 else dtype)
+    return actual, train(twin, None if dtype is torch.float32 else dtype, steps=steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -227,7 +233,10 @@ def both(build: Callable[[], Case], dtype: torch.dtype) -> tuple[list[float], li
 def test_follows_autocast(build: Callable[[], Case], dtype: torch.dtype) -> None:
     actual, expected = both(build, dtype)
     assert expected[-1] < expected[0]
-    assert all(math.isclose(a, e, rel_tol=0.02) for a, e in zip(actual, expected, strict=True)), (actual, expected)
+    assert all(math.isclose(a, e, rel_tol=0.02) for a, e in zip(actual, expected, strict=True)), (
+        actual,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)

@@ -1,27 +1,53 @@
-"""Which module of the user's model a node belongs to."""
+"""Which module of the user's model a node belongs to, and which nodes must stay in float32."""
 
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 
 from torch.fx import Node
 
-_ACCESS = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)")
+from ..ir.graph import Phase, StepGraph, phase
+
+_ACCESS = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+Path = tuple[str, ...]
 
 
-def module_names(node: Node) -> tuple[str, ...]:
-    """Qualified names of the modules around the node, outermost first, as ``named_modules()`` gives them.
+def module_names(step: StepGraph) -> dict[Node, tuple[str, ...]]:
+    """Names of the modules around each forward node, outermost first, as ``named_modules()`` gives them.
 
-    The root's own name (a local, a global, an attribute of a trainer) is unknown
-    to the graph: names are relative to the outermost module on the stack.
+    The graph does not know what the user calls the root. If the step calls one
+    module, names are relative to it. If it calls several (``self.model`` and
+    ``self.loss``, or ``model.blocks[0]`` and ``model.head``), each may be a root
+    or a part of one, and a node answers to its name relative to either.
     """
+    stacks = {n: paths for n in step.nodes() if (paths := _paths(n))}
+    several = len({paths[0] for paths in stacks.values()}) > 1
+    names = {}
+    for node, paths in stacks.items():
+        depth = len(paths[0])
+        roots = range(1, depth + 1) if several else (depth,)
+        names[node] = tuple(".".join(path[root:]) for path in paths for root in roots if path[root:])
+    return names
+
+
+def _paths(node: Node) -> list[Path]:
+    """Attribute paths from the local or global variable on: ``L['self'].model.blocks.0`` in parts."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [_parts(path) for path, _ in stack.values()]
-    if not paths:
-        return ()
-    root = len(paths[0])
-    return tuple(".".join(path[root:]) for path in paths[1:])
+    texts = (path.replace("._modules[", "[") for path, _ in stack.values())
+    return [
+        tuple(next(g for g in m.groups() if g is not None) for m in _ACCESS.finditer(text)) for text in texts
+    ]
 
 
-def _parts(path: str) -> list[str]:
-    return [next(g for g in match.groups() if g is not None) for match in _ACCESS.finditer(path)]
+def nodes_kept(step: StepGraph, patterns: tuple[str, ...]) -> set[Node]:
+    """Nodes of modules that match a pattern or of regions with autocast off, and their backward nodes."""
+    names = module_names(step) if patterns else {}
+    kept = {
+        node
+        for node in step.nodes()
+        if (node.meta.get("custom") or {}).get("fxpass_fp32")
+        or any(fnmatchcase(name, pattern) for name in names.get(node, ()) for pattern in patterns)
+    }
+    sequence = {n.meta["seq_nr"] for n in kept if "seq_nr" in n.meta}
+    return kept | {n for n in step.nodes() if phase(n) is Phase.BACKWARD and n.meta.get("seq_nr") in sequence}

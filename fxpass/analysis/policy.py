@@ -14,9 +14,11 @@ An operator in no list is HIGH, and reported.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from enum import Enum
 
 import torch
+from torch.fx import Node
 
 
 class Colour(str, Enum):
@@ -38,86 +40,101 @@ PINNED_ARGUMENTS = frozenset(
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})
 
-# Operators whose result shares its input's storage.
-VIEWS = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice alias "
-    "detach split split_with_sizes unbind as_strided getitem".split()
+# Operators whose result shares its input's storage: RESHAPES all of it, VIEWS perhaps a part.
+RESHAPES = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze alias detach".split()
 )
+VIEWS = RESHAPES | frozenset("expand select slice split split_with_sizes unbind as_strided getitem".split())
 
 _LOW = """
-mm addmm bmm baddbmm mv addmv addr addbmm dot vdot linear _addmm_activation
-convolution convolution_backward _convolution cudnn_convolution mkldnn_convolution conv_tbc
-_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward
-_scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward
-_scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward
-_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
-_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_fused_attention_overrideable_backward
-_thnn_fused_lstm_cell _thnn_fused_gru_cell mkldnn_rnn_layer mkldnn_rnn_layer_backward _cudnn_rnn
-_cudnn_rnn_backward _trilinear prelu _prelu_kernel
+mm addmm bmm baddbmm mv addmv addr addbmm linear _addmm_activation convolution convolution_backward
+_convolution cudnn_convolution mkldnn_convolution conv_tbc _scaled_dot_product_flash_attention
+_scaled_dot_product_flash_attention_backward _scaled_dot_product_efficient_attention
+_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention
+_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_flash_attention_for_cpu
+_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_fused_attention_overrideable
+_scaled_dot_product_fused_attention_overrideable_backward _thnn_fused_lstm_cell _thnn_fused_gru_cell
+mkldnn_rnn_layer mkldnn_rnn_layer_backward _cudnn_rnn _cudnn_rnn_backward _trilinear prelu _prelu_kernel
+conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cudnn_convolution_transpose matmul
+einsum chain_matmul linalg_vecdot linalg_multi_dot lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
+scaled_dot_product_attention _native_multi_head_attention
 """
 
 _NORM = """
-native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward
-_fused_rms_norm _fused_rms_norm_backward
-_native_batch_norm_legit_functional _native_batch_norm_legit _native_batch_norm_legit_no_training
-native_batch_norm native_batch_norm_backward cudnn_batch_norm cudnn_batch_norm_backward
-_batch_norm_with_update_functional _batch_norm_with_update batch_norm_backward
+native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward _fused_rms_norm
+_fused_rms_norm_backward _native_batch_norm_legit_functional _native_batch_norm_legit
+_native_batch_norm_legit_no_training native_batch_norm native_batch_norm_backward cudnn_batch_norm
+cudnn_batch_norm_backward _batch_norm_with_update_functional _batch_norm_with_update batch_norm_backward
+layer_norm group_norm rms_norm
 """
 
 _FOLLOW = """
 add sub mul div neg abs rsub sqrt tanh sigmoid gelu silu relu leaky_relu elu hardtanh hardsigmoid hardswish
-relu6 celu selu mish log_sigmoid_forward clamp clamp_min clamp_max maximum minimum where masked_fill
-square sign floor ceil round trunc remainder fmod floor_divide positive
-view _unsafe_view reshape _reshape_alias permute transpose t expand unsqueeze squeeze select slice
-unbind split split_with_sizes chunk narrow diagonal as_strided alias detach lift_fresh_copy flip roll repeat
-cat stack constant_pad_nd clone contiguous copy index index_select gather take_along_dim
-masked_select unfold pixel_shuffle pixel_unshuffle native_dropout dropout bernoulli rand_like randn_like
-max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool1d avg_pool3d
-_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d
-reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
-embedding amax amin max min argmax argmin topk sort tril triu
-eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or any all
-zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided
-_to_copy to type_as getitem sym_size fill zero bitwise_not bitwise_and bitwise_or nonzero
-slice_backward select_backward unfold_backward diagonal_backward unsafe_split unsafe_chunk
-broadcast_tensors view_as _conj resolve_conj empty_strided
+relu6 celu selu mish log_sigmoid_forward clamp clamp_min clamp_max maximum minimum where masked_fill square
+sign floor ceil round trunc remainder fmod floor_divide positive view _unsafe_view reshape _reshape_alias
+permute transpose t expand unsqueeze squeeze select slice unbind split split_with_sizes chunk narrow diagonal
+as_strided alias detach lift_fresh_copy flip roll repeat cat stack constant_pad_nd clone contiguous copy index
+index_select gather take_along_dim masked_select unfold pixel_shuffle pixel_unshuffle native_dropout dropout
+bernoulli rand_like randn_like max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool1d
+avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d reflection_pad1d reflection_pad2d
+replication_pad1d replication_pad2d embedding amax amin max min argmax argmin topk sort tril triu eq ne lt le
+gt ge isnan isinf isfinite logical_not logical_and logical_or any all zeros_like ones_like full_like
+empty_like new_zeros new_ones new_full new_empty new_empty_strided _to_copy to type_as getitem sym_size fill
+zero bitwise_not bitwise_and bitwise_or nonzero slice_backward select_backward unfold_backward
+diagonal_backward unsafe_split unsafe_chunk broadcast_tensors view_as _conj resolve_conj empty_strided
+convert_element_type device_put kthvalue median nanmedian mode cummax cummin aminmax argsort msort rot90
+movedim repeat_interleave isneginf isposinf signbit heaviside sgn frac copysign nan_to_num logical_xor isin
+count_nonzero unique_consecutive hardshrink softshrink threshold rrelu_with_noise_functional
+native_channel_shuffle im2col col2im max_unpool2d max_unpool3d fractional_max_pool2d fractional_max_pool3d
+adaptive_max_pool3d reflection_pad3d replication_pad3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d
+adaptive_avg_pool2d adaptive_avg_pool3d normal_functional uniform exponential geometric multinomial
+randint_like expand_copy permute_copy equal item _local_scalar_dense
 """
 
 _BACKWARD_FOLLOW = """
 gelu_backward silu_backward sigmoid_backward tanh_backward threshold_backward leaky_relu_backward elu_backward
 hardtanh_backward hardsigmoid_backward hardswish_backward mish_backward native_dropout_backward
-log_sigmoid_backward softplus_backward
-max_pool2d_with_indices_backward max_pool3d_with_indices_backward avg_pool2d_backward avg_pool3d_backward
-_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_max_pool2d_backward
-reflection_pad1d_backward reflection_pad2d_backward glu_backward _prelu_kernel_backward
+log_sigmoid_backward softplus_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward
+adaptive_max_pool2d_backward reflection_pad1d_backward reflection_pad2d_backward glu_backward
+_prelu_kernel_backward hardshrink_backward softshrink_backward rrelu_with_noise_backward
+reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
+adaptive_max_pool3d_backward fractional_max_pool2d_backward fractional_max_pool3d_backward
 """
 
 _WIDEST = """
-lerp addcmul addcdiv atan2 cross bilinear index_put _index_put_impl index_add index_copy
-scatter scatter_add scatter_reduce slice_scatter select_scatter as_strided_scatter diagonal_scatter
-masked_scatter masked_scatter_backward hypot glu
+dot vdot tensordot linalg_cross isclose lerp addcmul addcdiv atan2 cross bilinear index_put _index_put_impl
+index_add index_copy scatter scatter_add scatter_reduce slice_scatter select_scatter as_strided_scatter
+diagonal_scatter masked_scatter masked_scatter_backward hypot glu
 """
 
 _HIGH = """
-_log_softmax _log_softmax_backward_data log_softmax nll_loss_forward nll_loss_backward
-nll_loss2d_forward nll_loss2d_backward mse_loss mse_loss_backward smooth_l1_loss smooth_l1_loss_backward
-huber_loss huber_loss_backward kl_div binary_cross_entropy binary_cross_entropy_backward
-binary_cross_entropy_with_logits soft_margin_loss soft_margin_loss_backward _ctc_loss _ctc_loss_backward
-multi_margin_loss multi_margin_loss_backward multilabel_margin_loss_forward multilabel_margin_loss_backward
-l1_loss cosine_embedding_loss xlogy
-exp expm1 exp2 log log1p log2 log10 pow reciprocal rsqrt erf erfc erfinv tan acos asin atan sinh cosh asinh acosh
-atanh sin cos softplus logsumexp digamma lgamma logit sinc
-sum mean var var_mean std std_mean prod cumsum cumprod logcumsumexp linalg_vector_norm norm _cdist_forward
-_cdist_backward _pdist_forward dist logaddexp logaddexp2 renorm nansum
-upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
-upsample_linear1d upsample_trilinear3d upsample_nearest1d_backward upsample_nearest2d_backward
-upsample_nearest3d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward upsample_linear1d_backward
-upsample_trilinear3d_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d
-_upsample_bilinear2d_aa _upsample_bilinear2d_aa_backward
-embedding_dense_backward _embedding_bag _embedding_bag_backward _unsafe_masked_index_put_accumulate
-_unsafe_index _unsafe_index_put _unsafe_masked_index
-_softmax _softmax_backward_data _safe_softmax
-_fft_r2c _fft_c2c _fft_c2r histc bucketize
+_log_softmax _log_softmax_backward_data log_softmax nll_loss_forward nll_loss_backward nll_loss2d_forward
+nll_loss2d_backward mse_loss mse_loss_backward smooth_l1_loss smooth_l1_loss_backward huber_loss
+huber_loss_backward kl_div binary_cross_entropy binary_cross_entropy_backward binary_cross_entropy_with_logits
+soft_margin_loss soft_margin_loss_backward _ctc_loss _ctc_loss_backward multi_margin_loss
+multi_margin_loss_backward multilabel_margin_loss_forward multilabel_margin_loss_backward l1_loss
+cosine_embedding_loss xlogy exp expm1 exp2 log log1p log2 log10 pow reciprocal rsqrt erf erfc erfinv tan acos
+asin atan sinh cosh asinh acosh atanh sin cos softplus logsumexp digamma lgamma logit sinc sum mean var
+var_mean std std_mean prod cumsum cumprod logcumsumexp linalg_vector_norm norm _cdist_forward _cdist_backward
+_pdist_forward dist logaddexp logaddexp2 renorm nansum upsample_nearest1d upsample_nearest2d
+upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d
+upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
+upsample_bilinear2d_backward upsample_bicubic2d_backward upsample_linear1d_backward
+upsample_trilinear3d_backward grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d _upsample_bilinear2d_aa
+_upsample_bilinear2d_aa_backward embedding_dense_backward _embedding_bag _embedding_bag_backward
+_unsafe_masked_index_put_accumulate _unsafe_index _unsafe_index_put _unsafe_masked_index _softmax
+_softmax_backward_data _safe_softmax _fft_r2c _fft_c2c _fft_c2r histc bucketize searchsorted softmax
+frobenius_norm nuclear_norm linalg_matrix_norm cosine_similarity cdist pdist _pdist_backward nll_loss
+nll_loss2d poisson_nll_loss hinge_embedding_loss margin_ranking_loss multilabel_margin_loss
+triplet_margin_loss ctc_loss cross_entropy_loss grid_sampler grid_sampler_3d_backward
+_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bicubic2d_aa
+_upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
+_upsample_bicubic2d_aa_backward erfcx special_entr special_log1p i0 igamma polygamma mvlgamma float_power
+ldexp logit_backward _weight_norm_interface _weight_norm_interface_backward trace quantile nanquantile nanmean
+polar complex view_as_complex linalg_cholesky_ex linalg_inv_ex _linalg_svd linalg_qr _linalg_eigh
+_linalg_solve_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_solve_triangular linalg_lstsq
+linalg_pinv fake_quantize_per_tensor_affine _masked_softmax
 """
 
 COLOURS: dict[str, Colour] = {
@@ -148,3 +165,41 @@ def colour_of(target: object) -> Colour | None:
     if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims"):
         return None
     return COLOURS.get(op_name(target))
+
+
+def read_by_low_only(node: Node, kept: AbstractSet[Node]) -> bool:
+    """Whether all readers, through views and dropout, are LOW and not ``kept``, or softmax's own backward."""
+    passing = VIEWS | {"native_dropout", "native_dropout_backward", "clone", "mul"}
+
+    def low(user: Node) -> bool:
+        name = op_name(user.target)
+        if user in kept:
+            return False
+        if colour_of(user.target) is Colour.LOW or name == "_softmax_backward_data":
+            return True
+        return name in passing and read_by_low_only(user, kept)
+
+    return bool(node.users) and all(map(low, node.users))
+
+
+def has_number_beyond(node: Node, limit: float) -> bool:
+    """Whether a number among the arguments exceeds ``limit`` and is finite: a mask of -1e9, say."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    numbers = [v for a, v in zip(schema.arguments, node.args, strict=False) if a.type.kind() == "NumberType"]
+    numbers += [_constant(n) for n in node.all_input_nodes]
+    return any(isinstance(v, (int, float)) and limit < abs(v) < float("inf") for v in numbers)
+
+
+def _constant(node: Node) -> object:
+    """The number in a 0-d tensor made of one, which takes part in arithmetic without widening it."""
+    while op_name(node.target) in ("lift_fresh_copy", "_to_copy", "alias", "detach", "clone"):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    if op_name(node.target) == "scalar_tensor":
+        return node.args[0]
+    if op_name(node.target) == "full" and node.args[0] == []:
+        return node.args[1]
+    if node.op == "get_attr" and node.meta["val"].ndim == 0:
+        return torch.finfo(torch.float32).max  # its value cannot be read while tracing: assume the worst
+    return None
