@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from fxpass import MixedPrecision, OptimizerError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxpass import MixedPrecision, OptimizerError
 from tests.helpers import clone, same
 
 O = torch.optim  # noqa: E741 - the table below reads better
@@ -32,9 +33,12 @@ CASES: dict[str, Make] = {
     "sgd": lambda p: O.SGD(p, lr=1e-2),
     "sgd momentum": lambda p: O.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.01),
     "sgd nesterov": lambda p: O.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
-    "sgd dampening": lambda p: O.SGD(p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.01, maximize=True),
+    "sgd dampening": lambda p: O.SGD(
+        p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.01, maximize=True
+    ),
     "rmsprop": lambda p: O.RMSprop(p, lr=1e-3),
     "rmsprop centered": lambda p: O.RMSprop(p, lr=1e-3, centered=True, momentum=0.9),
+    "rmsprop foreach": lambda p: O.RMSprop(p, lr=1e-3, centered=True, momentum=0.9, foreach=True),
     "adagrad": lambda p: O.Adagrad(p, lr=1e-2, lr_decay=0.01),
     "adadelta": lambda p: O.Adadelta(p),
     "asgd": lambda p: O.ASGD(p, lr=1e-2),
@@ -42,11 +46,14 @@ CASES: dict[str, Make] = {
     "adafactor": lambda p: O.Adafactor(p, lr=1e-2),
     "two groups": lambda p: _two_groups(list(p)),
 }
+CAPTURABLE: list[Any] = [O.Adam, O.AdamW, O.NAdam, O.RAdam, O.Adamax, O.RMSprop, O.Adadelta, O.ASGD, O.Rprop]
 
 
 def _two_groups(params: list[nn.Parameter]) -> Optimizer:
     decay, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
-    return O.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "lr": 1e-3, "weight_decay": 0.0}])
+    return O.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "lr": 1e-3, "weight_decay": 0.0}]
+    )
 
 
 class Net(nn.Module):
@@ -77,7 +84,14 @@ def pair(make: Make, **options: Any) -> tuple[Any, ...]:
     ours = copy.deepcopy(theirs)
     opts = make(ours.parameters()), make(theirs.parameters())
     mp = MixedPrecision(**{"dtype": "float32", "codegen": "eager", **options})
-    return ours, theirs, *opts, torch.compile(make_step(ours, opts[0]), backend=mp), make_step(theirs, opts[1]), mp
+    return (
+        ours,
+        theirs,
+        *opts,
+        torch.compile(make_step(ours, opts[0]), backend=mp),
+        make_step(theirs, opts[1]),
+        mp,
+    )
 
 
 def agree(ours: nn.Module, theirs: nn.Module, our_opt: Optimizer, their_opt: Optimizer) -> None:
@@ -97,6 +111,43 @@ def test_twenty_steps_equal_eager(name: str) -> None:
         x = torch.randn(6, 4)
         same(make_step(ours, our_opt)(x), eager(x), "loss")
     agree(ours, theirs, our_opt, their_opt)
+
+
+@pytest.mark.parametrize("kind", CAPTURABLE)
+def test_capturable(kind: Any) -> None:
+    """Eager refuses it on a CPU; a compiled step computes what eager does without it."""
+    torch.manual_seed(0)
+    theirs = Net()
+    ours = copy.deepcopy(theirs)
+    our_opt, their_opt = kind(ours.parameters(), capturable=True), kind(theirs.parameters())
+    step = torch.compile(make_step(ours, our_opt), backend=MixedPrecision(dtype="float32", codegen="eager"))
+    for _ in range(10):
+        x = torch.randn(6, 4)
+        same(step(x), make_step(theirs, their_opt)(x), "loss")
+    agree(ours, theirs, our_opt, their_opt)
+
+
+def test_a_scalar_parameter_and_a_group_without_gradients() -> None:
+    torch.manual_seed(0)
+    runs = []
+    for _ in range(2):
+        scale, unused = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3))
+        opt = O.AdamW([{"params": [scale]}, {"params": [unused], "lr": 0.1}], lr=1e-2)
+        runs.append((make_step(_Scale(scale), opt), opt))
+    step = torch.compile(runs[0][0], backend=MixedPrecision(dtype="float32", codegen="eager"))
+    for _ in range(5):
+        x = torch.randn(6, 4)
+        same(step(x), runs[1][0](x), "loss")
+    same(runs[0][1].state_dict()["state"], runs[1][1].state_dict()["state"], "state")
+
+
+class _Scale(nn.Module):
+    def __init__(self, scale: nn.Parameter) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd nesterov", "adafactor", "radam", "two groups"])
@@ -140,6 +191,25 @@ def test_an_overflow_changes_no_bit(name: str) -> None:
     assert mp.stats().skipped == 3
 
 
+def test_an_overflow_of_one_parameter_alone_skips_all() -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    opt = O.AdamW(weights, lr=0.1)
+
+    @torch.compile(backend=MixedPrecision(dtype="float32", codegen="eager"))
+    def step(slopes: Tensor) -> None:
+        opt.zero_grad()
+        (slopes[0] * weights[0] + slopes[1] * weights[1]).sum().backward()
+        opt.step()
+
+    step(torch.ones(2, 3))
+    before = clone([weights, opt.state_dict()["state"]])
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        slopes = torch.ones(2, 3)
+        slopes[1, 2] = bad
+        step(slopes)
+        same([weights, opt.state_dict()["state"]], before, "state", exact=True)
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd momentum", "adafactor"])
 def test_loaded_state_is_picked_up(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -180,10 +250,15 @@ def test_two_optimizers_over_disjoint_parameters() -> None:
     ours = copy.deepcopy(theirs)
     steps, opts = [], []
     for model in (ours, theirs):
-        first, second = O.AdamW(model.first.parameters(), lr=1e-2), O.SGD(model.last.parameters(), lr=0.1, momentum=0.9)
+        first, second = (
+            O.AdamW(model.first.parameters(), lr=1e-2),
+            O.SGD(model.last.parameters(), lr=0.1, momentum=0.9),
+        )
         opts.append((first, second))
 
-        def step(x: Tensor, model: Net = model, first: Optimizer = first, second: Optimizer = second) -> Tensor:
+        def step(
+            x: Tensor, model: Net = model, first: Optimizer = first, second: Optimizer = second
+        ) -> Tensor:
             loss = model(x).square().mean()
             loss.backward()
             first.step()
@@ -259,11 +334,139 @@ def test_a_user_written_optimizer() -> None:
     assert len(mp.graphs) == 1
 
 
+class OwnAdam(Optimizer):
+    """As it is usually written: a Python step count, math.sqrt, p.data."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8})
+        self.decay = 1.0
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if len(state) == 0:
+                    state["step"] = 0
+                    state["m"], state["v"] = torch.zeros_like(p.data), torch.zeros_like(p.data)
+                state["step"] += 1
+                grad = p.grad.data
+                state["m"].mul_(beta1).add_(grad, alpha=1 - beta1)
+                state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                size = group["lr"] * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+                p.data.addcdiv_(state["m"], state["v"].sqrt().add_(group["eps"]), value=-size * self.decay)
+
+
+class OwnSGD(Optimizer):
+    """Assigns to p.data."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.data = p.data - group["lr"] * p.grad
+
+
+class Halved(O.AdamW):
+    """Torch's step, called from a step of its own."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.grad.mul_(0.5)
+        return super().step(closure)
+
+
+class Named(O.SGD):
+    """Torch's step under another name."""
+
+
+@pytest.mark.parametrize("make", [OwnAdam, OwnSGD, Halved, lambda p: Named(p, lr=0.1, momentum=0.9)])
+def test_optimizers_of_the_users_own(make: Make) -> None:
+    ours, theirs, our_opt, their_opt, step, eager, mp = pair(make)
+    for index in range(22):
+        if index in (0, 7):
+            step(torch.full((6, 4), float("inf")))
+        x = torch.randn(6, 4)
+        if index < 20:
+            same(step(x), eager(x), "loss")
+        else:  # the user goes on without fxpass
+            same(make_step(ours, our_opt)(x), eager(x), "loss")
+    same(dict(ours.named_parameters()), dict(theirs.named_parameters()), "parameters")
+    for mine, other in zip(our_opt.state.values(), their_opt.state.values(), strict=True):
+        same(_as_tensors(mine), _as_tensors(other), "state")
+    assert len(mp.graphs) == 1
+
+
+def _as_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: torch.as_tensor(value, dtype=torch.float64) for key, value in state.items()}
+
+
+def test_an_attribute_that_changes_after_compiling() -> None:
+    _, _, opt, _, step, _, _ = pair(OwnAdam)
+    step(torch.randn(6, 4))
+    opt.decay = 0.5
+    with pytest.raises(OptimizerError, match=r"self\.decay of OwnAdam changed"):
+        step(torch.randn(6, 4))
+
+
+class Branching(Lion):
+    """Reads a value to decide what to do."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad.norm() > 1:
+                p.sub_(p.grad)
+
+
+class Flagging(Lion):
+    """A flag in the state turns after the first step."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad * (2 if self.state[p].get("first", True) else 1))
+            self.state[p]["first"] = not self.state[p].get("first", True)
+
+
+class Grouping(Lion):
+    """Counts in its param group."""
+
+    def step(self) -> None:
+        self.param_groups[0]["n"] = self.param_groups[0].get("n", 0) + 1
+
+
+class Listing(Lion):
+    """Grows a list of its own."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.log: list[int] = []
+
+    def step(self) -> None:
+        self.log.append(1)
+
+
+class Sharing(Lion):
+    """Keeps state that belongs to no parameter."""
+
+    def step(self) -> None:
+        self.state["all"]["n"] = 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (Counting, r"changes self\.calls"),
         (Greedy, r"creates state\['m'\] from the gradient"),
+        (Branching, r"branches on the value of a tensor .*test_optimizers\.py:\d+: if p\.grad\.norm\(\) > 1"),
+        (Flagging, r"changes state\['first'\]"),
+        (Grouping, r"changes param_groups\[\.\.\.\]\['n'\]"),
+        (Listing, r"changes self\.log"),
+        (Sharing, "keeps state under 'all'"),
         (lambda p: O.AdamW(p, fused=True), "fused=True"),
         (lambda p: O.LBFGS(p), "LBFGS"),
         (lambda p: O.SparseAdam(p), "SparseAdam"),
@@ -280,6 +483,8 @@ def test_what_cannot_be_traced_is_an_error_that_changes_nothing(make: Make, mess
     same(dict(ours.named_parameters()), before, "parameters", exact=True)
     assert all(p.grad is None for p in ours.parameters())
     assert not opt.state
+    assert "While executing" not in str(error.value)
+    assert not getattr(opt, "log", [])
 
 
 def test_closure() -> None:

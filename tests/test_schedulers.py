@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from fxpass import MixedPrecision
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as lr
 
+from fxpass import MixedPrecision, OptimizerError
 from tests.helpers import same
 from tests.test_optimizers import Net, make_step
 
@@ -19,7 +19,10 @@ CASES: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Any]]] = {
     "lambda": (lambda p: AdamW(p, lr=1e-2), lambda o: lr.LambdaLR(o, lambda n: 1 / (1 + n))),
     "cosine": (lambda p: SGD(p, lr=0.1, momentum=0.9), lambda o: lr.CosineAnnealingLR(o, 12)),
     "one cycle, betas": (lambda p: AdamW(p), lambda o: lr.OneCycleLR(o, 1e-2, total_steps=13)),
-    "one cycle, momentum": (lambda p: SGD(p, lr=0.1, momentum=0.9), lambda o: lr.OneCycleLR(o, 0.1, total_steps=13)),
+    "one cycle, momentum": (
+        lambda p: SGD(p, lr=0.1, momentum=0.9),
+        lambda o: lr.OneCycleLR(o, 0.1, total_steps=13),
+    ),
     "step": (lambda p: AdamW(p, lr=1e-2), lambda o: lr.StepLR(o, 3)),
 }
 
@@ -48,23 +51,60 @@ def test_follows_eager(name: str, codegen: str) -> None:
     assert len(mp.graphs) <= (2 if "cycle" in name else 1)
 
 
+def test_reduce_on_plateau() -> None:
+    torch.manual_seed(0)
+    theirs = Net()
+    ours = copy.deepcopy(theirs)
+    runs = []
+    for model in (ours, theirs):
+        opt = AdamW(model.parameters(), lr=1e-2)
+        runs.append((make_step(model, opt), lr.ReduceLROnPlateau(opt, factor=0.5, patience=0, threshold=0.5)))
+    mp = MixedPrecision(dtype="float32", codegen="eager")
+    compiled = torch.compile(runs[0][0], backend=mp)
+    for _ in range(8):
+        x = torch.randn(6, 4)
+        losses = compiled(x), runs[1][0](x)
+        same(*losses, "loss")
+        for loss, (_, schedule) in zip(losses, runs, strict=True):
+            schedule.step(loss.item())
+    assert runs[0][1].get_last_lr() == runs[1][1].get_last_lr()
+    assert runs[0][1].get_last_lr()[0] < 1e-2
+    same(dict(ours.named_parameters()), dict(theirs.named_parameters()), "parameters")
+    assert len(mp.graphs) == 1
+
+
+def test_a_momentum_that_reaches_zero() -> None:
+    """The optimizer would take another branch: an error, not a wrong step."""
+    model = Net()
+    opt = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = torch.compile(make_step(model, opt), backend=MixedPrecision(dtype="float32", codegen="eager"))
+    for momentum in (0.9, 0.8, 0.7):
+        opt.param_groups[0]["momentum"] = momentum
+        step(torch.randn(6, 4))
+    opt.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(OptimizerError, match=r"\['momentum'\] of SGD changed"):
+        step(torch.randn(6, 4))
+
+
 def test_a_scheduler_inside_the_step() -> None:
     torch.manual_seed(0)
     theirs = Net()
     ours = copy.deepcopy(theirs)
-    steps = []
-    for model in (ours, theirs):
-        opt = SGD(model.parameters(), lr=0.1)
-        schedule = lr.StepLR(opt, 2, gamma=0.5)
-
-        def step(x: torch.Tensor, inner: Any = make_step(model, opt), schedule: Any = schedule) -> torch.Tensor:
-            loss = inner(x)
-            schedule.step()
-            return loss
-
-        steps.append(step)
+    steps = [_scheduled_step(model) for model in (ours, theirs)]
     compiled = torch.compile(steps[0], backend=MixedPrecision(dtype="float32", codegen="eager"))
     for _ in range(6):
         x = torch.randn(6, 4)
         same(compiled(x), steps[1](x), "loss")
     same(dict(ours.named_parameters()), dict(theirs.named_parameters()), "parameters")
+
+
+def _scheduled_step(model: Net) -> Callable[[torch.Tensor], torch.Tensor]:
+    opt = SGD(model.parameters(), lr=0.1)
+    schedule, inner = lr.StepLR(opt, 2, gamma=0.5), make_step(model, opt)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = inner(x)
+        schedule.step()
+        return loss
+
+    return step

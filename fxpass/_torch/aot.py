@@ -56,8 +56,14 @@ def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 @contextlib.contextmanager
 def compiling_flag() -> Iterator[None]:
-    """Make ``torch.compiler.is_compiling()`` true: optimizers then use tensor maths for their step counts."""
-    with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+    """Make ``torch.compiler.is_compiling()`` true: optimizers then use tensor maths for their step counts.
+
+    Profiler ranges, which ``super().step()`` of an optimizer opens, stay out of the graph.
+    """
+    with (
+        mock.patch.object(torch.compiler, "_is_compiling_flag", True),
+        mock.patch.object(torch.autograd.profiler, "record_function", contextlib.nullcontext),
+    ):
         yield
 
 

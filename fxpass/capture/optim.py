@@ -202,8 +202,9 @@ def _setting(optimizer: Optimizer, at: Setting) -> Any:
 
 
 def _settings(optimizer: Optimizer, tensors: StepTensors) -> list[tuple[Setting, Tensor, float]]:
-    lrs = [((g, "lr", None), t) for g, t in enumerate(tensors.lr) if "lr" in optimizer.param_groups[g]]
-    return [(at, tensor, float(_setting(optimizer, at))) for at, tensor in (*tensors.dynamic, *lrs)]
+    lrs = [((g, "lr", None), tensor) for g, tensor in enumerate(tensors.lr)]
+    known = [(at, tensor, _setting(optimizer, at)) for at, tensor in (*tensors.dynamic, *lrs)]
+    return [(at, tensor, value) for at, tensor, value in known if isinstance(value, (int, float))]
 
 
 def _constants(optimizer: Optimizer) -> list[Comparison]:
