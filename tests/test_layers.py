@@ -59,8 +59,7 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_masks(mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
-    build = lambda: (Attention(mask), lambda m, x: F.mse_loss(m(x), x), (torch.randn(2, 6, 8),))
-    follows(build, dtype)
+    follows(lambda: (Attention(mask), lambda m, x: F.mse_loss(m(x), x), (torch.randn(2, 6, 8),)), dtype)
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fxpass import MixedPrecision
 from torch import Tensor, nn
+
+from fxpass import MixedPrecision
 
 # said by torch.backends.mkldnn.flags on machines without an Intel GPU
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
@@ -138,7 +139,7 @@ def bert() -> Case:
     )
     mask = torch.ones(4, 8, dtype=torch.int64)
     mask[0, 5:] = 0
-    loss = lambda m, ids, mask, y: m(input_ids=ids, attention_mask=mask, labels=y).loss
+    loss = lambda m, ids, mask, y: m(input_ids=ids, attention_mask=mask, labels=y).loss  # noqa: E731
     return BertForSequenceClassification(config), loss, (_ids(), mask, torch.randint(3, (4,)))
 
 
@@ -162,7 +163,7 @@ def vit() -> Case:
         attention_probs_dropout_prob=0.0,
         **SMALL,
     )
-    loss = lambda m, x, y: m(pixel_values=x, labels=y).loss
+    loss = lambda m, x, y: m(pixel_values=x, labels=y).loss  # noqa: E731
     return ViTForImageClassification(config), loss, (torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))
 
 
@@ -171,7 +172,7 @@ def resnet() -> Case:
 
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     config = ResNetConfig(**sizes, num_labels=5, problem_type=CLASSES)
-    loss = lambda m, x, y: m(pixel_values=x, labels=y).loss
+    loss = lambda m, x, y: m(pixel_values=x, labels=y).loss  # noqa: E731
     return ResNetForImageClassification(config), loss, (torch.randn(8, 3, 16, 16), torch.randint(5, (8,)))
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
 from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, StepGraph, phase, tensor
 from fxpass.ir.marks import GRAD
 from fxpass.ir.text import to_text
 from fxpass.passes.cast import Cast
-from torch import Tensor, nn
-from torch.fx import Node
-
 from tests.graphs import graph_of, inserted_by, training_step
 from tests.helpers import Mlp
 
@@ -64,10 +62,10 @@ def test_leaves_alone_what_has_nothing_to_cast() -> None:
     graph, (record,) = graph_of(step, args, [Cast(dtype=torch.float32)])
     assert record.inserted == 0
     assert not inserted_by(graph, "cast")
-    integers, (record,) = graph_of(lambda x: x * 2 + 1, (torch.arange(3),), [Cast()])
+    _, (record,) = graph_of(lambda x: x * 2 + 1, (torch.arange(3),), [Cast()])
     assert record.inserted == 0
     assert not record.declined
-    doubles, (record,) = graph_of(lambda x: x @ x, (torch.ones(3, 3, dtype=torch.float64),), [Cast()])
+    _, (record,) = graph_of(lambda x: x @ x, (torch.ones(3, 3, dtype=torch.float64),), [Cast()])
     assert record.inserted == 0
 
 
@@ -214,91 +212,6 @@ def test_an_unknown_operator_runs_in_float32_and_is_reported() -> None:
     (node,) = (n for n in graph.nodes() if "twice" in str(n.target))
     assert tensor(node.args[0]).dtype is torch.float32
     assert [r for r in record.declined if "fxpass_test.twice" in r and "not in the op policy" in r]
-
-
-# ------------------------------------------------------------ keep_fp32 and autocast regions
-
-
-class Nested(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-class Trainer:
-    def __init__(self, model: Nested) -> None:
-        self.model, self.loss = model, nn.MSELoss()
-        self.opt = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def whole(self, x: Tensor, y: Tensor) -> None:
-        self.loss(self.model(x), y).backward()
-        self.opt.step()
-        self.opt.zero_grad()
-
-    def parts(self, x: Tensor, y: Tensor) -> None:
-        x = self.model.blocks[1](self.model.blocks[0](x))
-        self.loss(self.model.head(x), y).backward()
-        self.opt.step()
-        self.opt.zero_grad()
-
-    def given(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        F.mse_loss(model(x), y).backward()
-        self.opt.step()
-        self.opt.zero_grad()
-
-
-ALIVE = Nested()
-
-
-def _steps() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    model, batch = ALIVE, (torch.randn(6, 4), torch.randn(6, 2))
-    trainer = Trainer(model)
-
-    def of_a_global(x: Tensor, y: Tensor) -> None:
-        trainer.given(ALIVE, x, y)
-
-    return {
-        "closure": (training_step(model)[0], batch),
-        "global": (of_a_global, batch),
-        "attribute": (trainer.whole, batch),
-        "argument": (trainer.given, (model, *batch)),
-        "parts": (trainer.parts, batch),
-    }
-
-
-@pytest.mark.parametrize("name", ["closure", "global", "attribute", "argument", "parts"])
-@pytest.mark.parametrize("pattern", ["blocks.1", "blocks.1.*", "*.1.0"])
-def test_keep_fp32_names_modules_as_named_modules_does(name: str, pattern: str) -> None:
-    function, args = _steps()[name]
-    step, _ = graph_of(function, args, [Cast(keep_fp32=(pattern,))])
-    assert [tensor(n).dtype for n in nodes(step, "addmm")] == [LOW, torch.float32, LOW]
-    assert [tensor(n).dtype for n in nodes(step, "mm", Phase.BACKWARD)] == [LOW] * 2 + [torch.float32] * 2 + [
-        LOW
-    ]
-    stored = [tensor(n).dtype for n in step.marks(GRAD) if tensor(n).ndim == 2]
-    assert sorted(map(str, stored)) == ["torch.float16", "torch.float16", "torch.float32"]
-
-
-def test_regions_with_autocast_off_stay_in_float32_in_both_directions() -> None:
-    class Region(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            with torch.autocast("cpu", enabled=False):
-                return self.second(x.float())
-
-    step = cast(Region())
-    assert [tensor(n).dtype for n in nodes(step, "addmm")] == [LOW, torch.float32]
-    assert [tensor(n).dtype for n in nodes(step, "mm", Phase.BACKWARD)] == [torch.float32, torch.float32, LOW]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
