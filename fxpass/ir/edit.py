@@ -68,6 +68,22 @@ class Editor:
             return x
         return self.call(aten._to_copy.default, x, dtype=dtype, when=when, reason=reason)
 
+    def copy(self, node: Node, copies: dict[Node, Node], *, when: Phase, reason: str) -> Node:
+        """``node`` again, reading ``copies`` of its inputs where there are any."""
+        assert callable(node.target), f"{node.name} is not a call"
+        args, kwargs = tree_map_only(Node, lambda n: copies.get(n, n), (node.args, node.kwargs))
+        return self.call(node.target, *args, when=when, reason=reason, **kwargs)
+
+    def never(self, loss: Node, reason: str) -> Node:
+        """A 0-d bool right after ``loss`` that is always false, though it is computed from it."""
+        with self.after(loss):
+            total = loss
+            if loss.meta["val"].ndim:
+                total = self.call(aten.sum.default, loss, when=Phase.FORWARD, reason=reason)
+            is_nan = self.call(aten.ne.Tensor, total, total, when=Phase.FORWARD, reason=reason)
+            is_number = self.call(aten.eq.Tensor, total, total, when=Phase.FORWARD, reason=reason)
+            return self.call(aten.logical_and.default, is_nan, is_number, when=Phase.FORWARD, reason=reason)
+
     def refresh(self, node: Node) -> None:
         """Recompute the fake value of a node from those of its inputs."""
         args, kwargs = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))

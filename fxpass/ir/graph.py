@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .marks import MARK
+from .marks import MARK, SEED
+
+aten = torch.ops.aten
 
 
 class Phase(str, Enum):
@@ -126,6 +128,19 @@ def is_float(node: object) -> bool:
     """Whether a node is one real floating point tensor below float64."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def seed_losses(step: StepGraph) -> dict[Node, Node | None]:
+    """By SEED mark, the loss that its backward() was called on; None if the user gave the gradient."""
+    found: dict[Node, Node | None] = {}
+    for mark in step.marks(SEED):
+        node: object = mark.args[0]
+        while isinstance(node, Node) and node.target in (aten.mul.Tensor, aten._to_copy.default):
+            node = node.args[0]
+        is_ones = isinstance(node, Node) and node.target is aten.ones_like.default
+        loss = node.args[0] if is_ones else None  # pyright: ignore[reportAttributeAccessIssue]
+        found[mark] = loss if isinstance(loss, Node) and loss.op == "call_function" else None
+    return found
 
 
 def phase(node: Node) -> Phase:

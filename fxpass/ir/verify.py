@@ -44,7 +44,7 @@ def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> Non
 
 
 def _check_metadata(node: Node, fail: Fail) -> None:
-    if node.op == "output":
+    if node.op in ("output", "get_attr"):  # a get_attr may be a graph: the branch of a cond
         return
     if "val" not in node.meta:
         raise fail(node, "it has no value")

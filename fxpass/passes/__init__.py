@@ -9,6 +9,7 @@ from .check_finite import CheckFinite
 from .clip import Clip
 from .embedding import Embedding
 from .finish import Finish
+from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
 from .skip import Skip
@@ -24,6 +25,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     Clip,  # global norm, clip coefficient
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Recompute,  # what costs less again than to keep
     Release,  # casts of backward wait for the loss
     Finish,  # erase marks and dead nodes
 )

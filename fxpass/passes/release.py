@@ -10,8 +10,7 @@ from torch.fx import Node
 
 from ..analysis.policy import VIEWS, op_name
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, phase, tensor
-from ..ir.marks import SEED
+from ..ir.graph import Phase, StepGraph, phase, seed_losses, tensor
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -31,7 +30,7 @@ class Release(GraphPass):
     name: ClassVar[str] = "release"
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        seeds = {mark: _loss_of(mark) for mark in step.marks(SEED)}
+        seeds = seed_losses(step)
         current: Node | None = None
         never: dict[Node, Node] = {}
         for node in list(step.graph.nodes):
@@ -40,7 +39,7 @@ class Release(GraphPass):
             if current is None or not _casts_a_weight(node):
                 continue
             if current not in never:
-                never[current] = self._never(step, edit, current)
+                never[current] = edit.never(current, "false for every loss, but no compiler knows")
             with edit.before(node):
                 reason = "a weight cast of backward must wait for the loss"
                 source = node.args[0]
@@ -48,27 +47,6 @@ class Release(GraphPass):
                     aten.where.ScalarSelf, never[current], 0.0, source, when=Phase.BACKWARD, reason=reason
                 )
             edit.set_arg(node, 0, tied)
-
-    def _never(self, step: StepGraph, edit: Editor, loss: Node) -> Node:
-        reason = "false for every loss, but no compiler knows"
-        with edit.after(loss):
-            total = loss
-            if tensor(loss).ndim:
-                total = edit.call(aten.sum.default, loss, when=Phase.FORWARD, reason=reason)
-            is_nan = edit.call(aten.ne.Tensor, total, total, when=Phase.FORWARD, reason=reason)
-            is_number = edit.call(aten.eq.Tensor, total, total, when=Phase.FORWARD, reason=reason)
-            return edit.call(aten.logical_and.default, is_nan, is_number, when=Phase.FORWARD, reason=reason)
-
-
-def _loss_of(mark: Node) -> Node | None:
-    """The loss behind a SEED mark: what ``ones_like`` was taken of."""
-    node = mark.args[0]
-    while isinstance(node, Node) and node.args and op_name(node.target) in ("mul", "_to_copy"):
-        node = node.args[0]
-    if isinstance(node, Node) and node.target is aten.ones_like.default:
-        loss = node.args[0]
-        return loss if isinstance(loss, Node) and loss.op == "call_function" else None
-    return None
 
 
 def _casts_a_weight(node: Node) -> bool:
