@@ -76,12 +76,13 @@ def compile_frame(
     """
     record = _torch.current_record()
     assert record is not None, "the backend was called outside of torch.compile"
+    for event in record.events:
+        optim.check(event.live(), event.where)
     checks.check_frame(gm, record, state.last_break)
     undo: list[Callable[[], None]] = []
     try:
         for event in record.events:
             places = [(p.group, p.position) for p in event.params if p.has_grad]
-            optim.check(event.live(), event.where)
             undo.append(optim_state.create_state(event.live(), places, event.where))
         return _Compilation(options, state, gm, inputs, mode, record).run()
     except BaseException:
