@@ -51,7 +51,11 @@ class Training:
 
 
 def compare(
-    build: Callable[[], Training], *, graphs: int = 1, grads: bool = False, handle: fxpass.MixedPrecision | None = None
+    build: Callable[[], Training],
+    *,
+    graphs: int = 1,
+    grads: bool = False,
+    handle: fxpass.MixedPrecision | None = None,
 ) -> fxpass.MixedPrecision:
     """Run ``build()``'s step eagerly and compiled; parameters, buffers, state and outputs must agree."""
     torch.compiler.reset()
@@ -102,11 +106,19 @@ def same(actual: Any, expected: Any, what: str, *, exact: bool = False) -> None:
         tolerance = 0.0 if exact else 1e-5
         message = lambda text: f"{what}: {text}"  # noqa: E731
         torch.testing.assert_close(
-            actual.detach(), expected.detach(), rtol=tolerance, atol=tolerance, equal_nan=True, msg=message, check_device=False
+            actual.detach(),
+            expected.detach(),
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=message,
+            check_device=False,
         )
     elif isinstance(expected, dict):
         assert isinstance(actual, dict), f"{what} is {actual!r}, not a dict"
-        assert set(actual) == set(expected), f"{what} has {sorted(map(str, actual))}, not {sorted(map(str, expected))}"
+        assert set(actual) == set(expected), (
+            f"{what} has {sorted(map(str, actual))}, not {sorted(map(str, expected))}"
+        )
         for key, value in expected.items():
             same(actual[key], value, f"{what}[{key}]", exact=exact)
     elif isinstance(expected, (list, tuple)):

@@ -1,6 +1,7 @@
-import fxpass
 import pytest
 import torch
+
+import fxpass
 from fxpass import DynamicLossScale, MixedPrecision, OptionError, StaticLossScale
 
 
@@ -53,7 +54,7 @@ def test_defaults_follow_the_dtype() -> None:
     assert MixedPrecision(keep_fp32=["norm"]).keep_fp32 == ("norm",)  # pyright: ignore[reportArgumentType]
 
 
-def step_of(**kwargs: object):  # noqa: ANN201
+def step_of(**kwargs: object):
     weight = torch.nn.Parameter(torch.ones(2))
     opt = torch.optim.SGD([weight], lr=0.5)
 

@@ -51,7 +51,7 @@ def install(find_backend: Callable[[Any], Any | None]) -> None:
     global _find_backend
     _find_backend = find_backend
     if not hasattr(convert_frame._compile, "_fxpass"):
-        convert_frame._compile = _hook(convert_frame._compile)  # type: ignore[assignment]
+        convert_frame._compile = _hook(convert_frame._compile)
 
 
 def current_record() -> FrameRecord | None:
@@ -86,7 +86,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             if record.break_reason:
                 backend.note_break(record)
 
-    _compile._fxpass = True  # type: ignore[attr-defined]
+    vars(_compile)["_fxpass"] = True
     return _compile
 
 

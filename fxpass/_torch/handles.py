@@ -1,4 +1,4 @@
-"""Reading what torch.compile and Dynamo keep to themselves: the backend of a compiled function, names of inputs."""
+"""What torch.compile and Dynamo keep to themselves: the backend of a compiled function, input names."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def source_name(node: Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)
-    name = source.name() if callable(source.name) else source.name
+    name = str(source.name() if callable(source.name) else source.name)
     parts = [next(g for g in m.groups() if g is not None) for m in _ACCESS.finditer(name)]
     return ".".join(parts) or name

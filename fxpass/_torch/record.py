@@ -60,7 +60,7 @@ class FrameRecord:
     cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
     escaping: list[str] = field(default_factory=list)  # gradients leaving without a step
     modules: list[torch.nn.Module] = field(default_factory=list)  # as they were met, outermost first
-    real: dict[str, Any] = field(default_factory=dict)  # placeholder of an optimizer's parameter -> the parameter
+    real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""

@@ -28,11 +28,11 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
     _refuse_sparse(gm)
     if record.backwards and not record.events:
         if not record.leaf_grads:
-            found = "backward() reached no parameter: nothing in the loss requires grad as seen by the compiled step"
+            found = "backward() reached no parameter: nothing in the loss requires grad"
             raise CaptureError(
                 found, where=record.backwards[0], hint="check requires_grad of the model's parameters"
             )
-        hint = "call optimizer.step() in the compiled function, after backward(); put an accumulation loop inside it"
+        hint = "call optimizer.step() in the compiled function, with any accumulation loop inside it"
         raise CaptureError(
             f"gradients leave the graph without an optimizer step; {broke} optimizer.step()",
             where=where or record.backwards[-1],
@@ -43,7 +43,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
         if not record.leaf_grads or not with_grad:
             hint = "compile the whole step: forward, loss.backward() and optimizer.step() in one function"
             raise CaptureError(
-                f"optimizer.step() finds no gradient computed in the compiled function; {broke} optimizer.step()"
+                f"optimizer.step() finds no gradient of the compiled function; {broke} optimizer.step()"
                 if reason
                 else "optimizer.step() finds no gradient computed in the compiled function",
                 where=where or event.where,
@@ -69,7 +69,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
 def _break_hint(reason: str, otherwise: str) -> str:
     if not reason:
         return otherwise
-    return "move what breaks the graph (a print, .item(), a data-dependent branch) after optimizer.step(), or out of the step"
+    return "move what breaks the graph (a print, .item(), a branch on data) after optimizer.step()"
 
 
 def _outputs_requiring_grad(gm: GraphModule, record: Any) -> list[str]:

@@ -114,7 +114,7 @@ class Editor:
         return next((n for n in self.step.graph.nodes if n in wanted), None)
 
     def hoist(self, node: Node, before: Node) -> bool:
-        """Move ``node``, with what it needs, before ``before``; False if it needs an optimizer's new value."""
+        """Move ``node`` and what it needs before ``before``; False if it needs a new value of an update."""
         order = {n: i for i, n in enumerate(self.step.graph.nodes)}
         late = {node}
         stack = [node]

@@ -138,7 +138,7 @@ def seed_losses(step: StepGraph) -> dict[Node, Node | None]:
         while isinstance(node, Node) and node.target in (aten.mul.Tensor, aten._to_copy.default):
             node = node.args[0]
         is_ones = isinstance(node, Node) and node.target is aten.ones_like.default
-        loss = node.args[0] if is_ones else None  # pyright: ignore[reportAttributeAccessIssue]
+        loss = node.args[0] if isinstance(node, Node) and is_ones else None
         found[mark] = loss if isinstance(loss, Node) and loss.op == "call_function" else None
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_map_only  # public in all but name
 
 from ..ir.graph import StepGraph, tensor
 
@@ -70,6 +71,7 @@ WIDENED = {
     aten.baddbmm.default: (True,),
     aten.convolution.default: (True,),
     aten.convolution_backward.default: (True, True, True),
+    aten.mkldnn_rnn_layer.default: (True, True, True, False),
     aten._scaled_dot_product_flash_attention_for_cpu.default: (True, False),
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (True, True, True),
 }
@@ -84,15 +86,20 @@ def _define_widened(target: torch._ops.OpOverload, half_outputs: tuple[bool, ...
     name = "half_" + target._schema.name.split("::")[1]
     _library.define(name + str(target._schema).split(target._schema.name)[1])
 
-    def wide(*args: Any) -> Any:
-        out = target(*(a.float() if _is_half_tensor(a) else a for a in args))
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        widen = lambda a: a.float() if _is_half_tensor(a) else a  # noqa: E731
+        out = target(*map(widen, args), **tree_map_only(Tensor, widen, kwargs))
         outs = out if isinstance(out, tuple) else (out,)
         dtype = next(a.dtype for a in args if _is_half_tensor(a))
-        narrow = tuple(o.to(dtype) if h and o is not None else o for o, h in zip(outs, half_outputs, strict=True))
+        narrow = tuple(
+            o.to(dtype) if h and o is not None else o for o, h in zip(outs, half_outputs, strict=True)
+        )
         return narrow if isinstance(out, tuple) else narrow[0]
 
     _library.impl(name, wide, "CPU")
-    torch.library.register_fake(f"fxpass::{name}", lambda *args: target(*args), lib=_library)
+    torch.library.register_fake(
+        f"fxpass::{name}", lambda *args, **kwargs: target(*args, **kwargs), lib=_library
+    )
     return getattr(torch.ops.fxpass, name).default
 
 
@@ -100,7 +107,7 @@ def _is_half_tensor(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.float16
 
 
-REPLACEMENTS = {
+REPLACEMENTS: dict[Any, Any] = {
     aten.mm.default: torch.ops.fxpass.half_mm.default,
     **{target: _define_widened(target, outputs) for target, outputs in WIDENED.items()},
 }
@@ -124,4 +131,4 @@ def replace_half_gemms(step: StepGraph) -> int:
 
 def _is_half(node: Node) -> bool:
     value = node.meta.get("val")
-    return _is_half_tensor(value) and value.device.type == "cpu"
+    return isinstance(value, Tensor) and _is_half_tensor(value) and value.device.type == "cpu"

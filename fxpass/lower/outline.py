@@ -146,7 +146,7 @@ def cut(step: StepGraph, units: list[Unit]) -> list[Node]:
 def run_with_updates(
     main: Callable[..., Any], updates: list[tuple[Callable[..., Any], list[tuple[int, bool]]]], outputs: int
 ) -> Callable[..., Any]:
-    """Run ``main``, then each update on its (position, whether it is one of an input or of ``main``'s results)."""
+    """Run ``main``, then each update on its (position, whether in the inputs or in ``main``'s results)."""
     last_use = {
         p: number for number, (_, reads) in enumerate(updates) for p, is_input in reads if not is_input
     }

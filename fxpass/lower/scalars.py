@@ -29,11 +29,12 @@ def hold_scalars(graph: Graph) -> int:
     """Rewrite an update's graph (a unit of outline.py) in place; returns how many scalars are held."""
     prologue: list[Node] = []
     for node in graph.nodes:
-        if node.op == "call_function" and _is_scalar(node) and all(
-            n in prologue or (n.op == "placeholder" and _is_scalar(n)) for n in node.all_input_nodes
-        ):
+        known = all(n in prologue or (n.op == "placeholder" and _is_scalar(n)) for n in node.all_input_nodes)
+        if node.op == "call_function" and _is_scalar(node) and known:
             prologue.append(node)
-    held = [n for n in prologue if any(not _is_scalar(user) for user in n.users if user.op == "call_function")]
+    held = [
+        n for n in prologue if any(not _is_scalar(user) for user in n.users if user.op == "call_function")
+    ]
     if not held:
         return 0
     first = next(n for n in graph.nodes if n.op == "call_function")
@@ -48,7 +49,7 @@ def hold_scalars(graph: Graph) -> int:
         for index, node in enumerate(held):
             item = graph.call_function(operator.getitem, (call, index))
             item.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(item, delete_user_cb=lambda user: user is not call and not _is_scalar(user))
+            node.replace_all_uses_with(item, lambda user: user is not call and not _is_scalar(user))
     return len(held)
 
 

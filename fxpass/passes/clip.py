@@ -89,7 +89,7 @@ class Clip(GraphPass):
         edit.replace_uses(read, value, keep=lambda user: user not in users)
 
     def _norm(self, step: StepGraph, edit: Editor, values: dict[Node, Node]) -> Node:
-        """The float32 norm of ``values`` (by READ mark), from the finite check's sums of squares if it can."""
+        """The float32 norm of ``values`` (by READ mark), from the finite check's sums if possible."""
 
         def call(target: Any, *args: object) -> Node:
             return edit.call(target, *args, when=Phase.CHECK, reason="global norm before clipping")

@@ -46,7 +46,7 @@ class Recompute(GraphPass):
             return
         order = {n: i for i, n in enumerate(step.graph.nodes)}
         saved = _saved(step)
-        chosen: list[tuple[Node, list[Node], set[Node]]] = []
+        chosen: list[tuple[Node, set[Node]]] = []
         for node in sorted(saved, key=order.__getitem__):
             plan = _plan(node, saved)
             if plan is None:
@@ -54,11 +54,11 @@ class Recompute(GraphPass):
             body, leaves = plan
             cost = sum(_bytes(leaf) for leaf in leaves if leaf not in saved and leaf.op != "placeholder")
             if _bytes(node) > cost:
-                chosen.append((node, body, leaves))
+                chosen.append((node, body))
                 saved.remove(node)
                 saved |= {leaf for leaf in leaves if leaf.op != "placeholder"}
         tie = _Tie(step, edit, losses[0])
-        for node, body, _ in reversed(chosen):
+        for node, body in reversed(chosen):
             _repeat(edit, node, sorted(body, key=order.__getitem__), tie)
 
 
@@ -72,14 +72,14 @@ class _Tie:
     def __call__(self, value: Node) -> Node:
         if self.never is None:
             self.never = self.edit.never(self.loss, "false for every loss, but no compiler knows")
-        zero = 0.0 if tensor(value).dtype.is_floating_point else 0
+        arguments = (self.never, 0.0 if tensor(value).dtype.is_floating_point else 0, value)
         reason = "a recomputation must wait for the loss"
-        return self.edit.call(aten.where.ScalarSelf, self.never, zero, value, when=Phase.BACKWARD, reason=reason)
+        return self.edit.call(aten.where.ScalarSelf, *arguments, when=Phase.BACKWARD, reason=reason)
 
 
 def _storage(node: Node) -> Node:
     """The value that a view looks at."""
-    while op_name(node.target) in VIEWS and op_name(node.target) != "getitem" and isinstance(node.args[0], Node):
+    while op_name(node.target) in VIEWS - {"getitem"} and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -108,7 +108,7 @@ def _bytes(node: Node) -> int:
 
 
 def _plan(node: Node, saved: set[Node]) -> tuple[set[Node], set[Node]] | None:
-    """The cheap nodes that compute ``node`` and the values they start from, or None if there is no such set."""
+    """The cheap nodes that compute ``node`` and the values they start from; None if there are none."""
     body: set[Node] = set()
     leaves: set[Node] = set()
     stack = [node]
@@ -147,10 +147,12 @@ def _repeat(edit: Editor, node: Node, body: list[Node], tie: _Tie) -> None:
             for source in original.all_input_nodes:
                 if source not in copies and source not in body:
                     copies[source] = tie(source) if source.op != "placeholder" else source
-            copies[original] = edit.copy(original, copies, when=Phase.BACKWARD, reason=f"{node.name} costs less again")
+            reason = f"{node.name} costs less again"
+            copies[original] = edit.copy(original, copies, when=Phase.BACKWARD, reason=reason)
         for view in views:
             if any(u in users for u in view.users):
-                copies[view] = edit.copy(view, copies, when=Phase.BACKWARD, reason=f"view of {node.name}")
+                reason = f"view of {node.name}"
+                copies[view] = edit.copy(view, copies, when=Phase.BACKWARD, reason=reason)
     for old in (node, *views):
         if old in copies:
             edit.replace_uses(old, copies[old], keep=lambda user: user not in users)

@@ -80,7 +80,9 @@ class _Writer:
             )
         if "nonfinite" in read:
             values = self.op(aten.stack.default, [value for _, value in self.step.checked])
-            unread = tensor(read["nonfinite"]).numel() - len(self.step.checked)  # gradients no optimizer reads
+            unread = tensor(read["nonfinite"]).numel() - len(
+                self.step.checked
+            )  # gradients no optimizer reads
             padded = self.op(aten.constant_pad_nd.default, values, [0, unread], 0.0) if unread else values
             finite = self.op(aten.isfinite.default, padded)  # a finite sum may be too large for float32
             now = self.op(aten._to_copy.default, self.select(finite, 0.0, padded), dtype=torch.float32)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.fx import Node
+
 from fxpass import VerifyError
 from fxpass.ir.edit import Editor
 from fxpass.ir.graph import Phase, StepGraph
 from fxpass.ir.marks import GRAD
 from fxpass.ir.verify import verify
-from torch.fx import Node
-
 from tests.graphs import graph_of, training_step
 
 aten = torch.ops.aten

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from fxpass.lower import half_gemm
 from torch import Tensor, nn
+
+from fxpass.lower import half_gemm
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor, nn
+
 from fxpass import MixedPrecision
 from fxpass.lower.outline import find_units
 from fxpass.passes import passes_for
-from torch import Tensor, nn
-
 from tests.graphs import graph_of, training_step
 
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fxpass import MixedPrecision
 from fxpass.ir.graph import tensor
 from fxpass.passes.cast import Cast
 from fxpass.passes.check_finite import CheckFinite
-from torch import Tensor, nn
-
 from tests.graphs import graph_of, training_step
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from fxpass import MixedPrecision
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.clip import Clip
-from torch import nn
-
 from tests.graphs import graph_of, inserted_by, targets, training_step
 
 

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from fxpass import MixedPrecision
 from torch import Tensor, nn
+
+from fxpass import MixedPrecision
 
 
 class Tied(nn.Module):
@@ -32,7 +33,7 @@ def test_follows_eager(tied: bool, padding: int | None, codegen: str) -> None:
     mp = MixedPrecision(codegen=codegen, loss_scale=1024.0)
     ids = torch.tensor([[3, 5, 5, 7], [5, 3, 9, 9]])
 
-    def make(model: nn.Module):  # noqa: ANN202
+    def make(model: nn.Module):
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def step(ids: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 from fxpass import MixedPrecision
 from fxpass.ir.marks import MARK
 from fxpass.passes import PASSES, passes_for
-
 from tests.graphs import graph_of, training_step
 
 

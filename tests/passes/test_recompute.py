@@ -6,16 +6,16 @@ import copy
 from typing import Any
 from unittest import mock
 
-import fxpass.compile
 import torch
+from torch import Tensor, nn
+
+import fxpass.compile
 from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, phase, tensor
 from fxpass.passes import PASSES, passes_for
 from fxpass.passes.cast import Cast
 from fxpass.passes.recompute import Recompute
 from fxpass.passes.scale_loss import ScaleLoss
-from torch import Tensor, nn
-
 from tests.graphs import graph_of, inserted_by, targets
 
 
@@ -35,7 +35,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(64, 32), torch.randint(0, 64, (64,))
 
 
-def step_of(model: nn.Module):  # noqa: ANN201
+def step_of(model: nn.Module):
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def step(x: Tensor, y: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 import torch
+
 from fxpass.ir.graph import Phase, phase
 from fxpass.passes.cast import Cast
 from fxpass.passes.release import Release
 from fxpass.passes.scale_loss import ScaleLoss
-
 from tests.graphs import graph_of, inserted_by, training_step
 
 

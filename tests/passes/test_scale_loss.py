@@ -1,8 +1,8 @@
 import torch
+
 from fxpass.ir.graph import tensor
 from fxpass.ir.marks import SEED
 from fxpass.passes.scale_loss import ScaleLoss
-
 from tests.graphs import graph_of, inserted_by, targets, training_step
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fxpass import MixedPrecision
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.skip import Skip
-from torch import Tensor, nn
-
 from tests.graphs import graph_of, inserted_by, targets, training_step
 from tests.helpers import clone, same
 

@@ -1,9 +1,9 @@
 import torch
+
 from fxpass.ir.graph import tensor
 from fxpass.ir.marks import GRAD, READ
 from fxpass.passes.cast import Cast
 from fxpass.passes.unscale import Unscale
-
 from tests.graphs import graph_of, inserted_by, targets, training_step
 
 

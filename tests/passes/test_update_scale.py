@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fxpass import DynamicLossScale, LossScaleError, MixedPrecision, StaticLossScale
 from torch import Tensor, nn
+
+from fxpass import DynamicLossScale, LossScaleError, MixedPrecision, StaticLossScale
 
 INF = float("inf")
 
@@ -48,7 +49,8 @@ def grad_scaler(overflows: str, **settings: float) -> tuple[list[float], list[in
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_follows_grad_scaler(overflows: str, interval: int) -> None:
     expected, trackers = grad_scaler(overflows, init_scale=8.0, growth_interval=interval)
-    scales, mp = trajectory(DynamicLossScale(init_scale=8.0, growth_interval=interval, min_scale=2.0**-9), overflows)
+    policy = DynamicLossScale(init_scale=8.0, growth_interval=interval, min_scale=2.0**-9)
+    scales, mp = trajectory(policy, overflows)
     assert scales == expected
     stats = mp.stats()
     assert stats.growth_tracker == trackers[-1]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fxpass import DynamicLossScale, MixedPrecision, OptionError
 from torch import Tensor, nn
+
+from fxpass import DynamicLossScale, MixedPrecision, OptionError
 
 
 def run(model: nn.Module, opt: torch.optim.Optimizer, mp: MixedPrecision, batches: list[Tensor]) -> None:
