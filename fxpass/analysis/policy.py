@@ -169,7 +169,7 @@ def colour_of(target: object) -> Colour | None:
 
 def read_by_low_only(node: Node, kept: AbstractSet[Node]) -> bool:
     """Whether all readers, through views and dropout, are LOW and not ``kept``, or softmax's own backward."""
-    passing = VIEWS | {"native_dropout", "native_dropout_backward", "clone", "mul"}
+    passing = VIEWS | {"native_dropout", "native_dropout_backward", "clone", "mul", "_to_copy"}
 
     def low(user: Node) -> bool:
         name = op_name(user.target)

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.traceback import annotate
 
 from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Phase, Role, StepGraph, Update
 from ..ir.marks import GRAD, MARK
 from . import optim, optim_state
+from .casts import spell_out_casts
 from .scalars import Comparison
 
 
@@ -75,6 +77,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
             node.target = _torch.grad_with_forward_links
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
+    spell_out_casts(graph)
     graph.lint()
     new_gm.recompile()
     return captured
@@ -120,7 +123,7 @@ def _expand_optimizer(
         tensors = optim.StepTensors(
             places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs
         )
-        with torch.fx.traceback.annotate({"fxpass": "update"}):
+        with annotate({"fxpass": "update"}):
             event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand

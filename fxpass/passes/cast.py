@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from ..analysis.modules import nodes_kept
+from ..analysis.nodes import has_double, input_dtype, is_cast, widened_from
 from ..analysis.policy import (
     ACTIVATIONS,
     PINNED_ARGUMENTS,
@@ -23,12 +26,15 @@ from ..analysis.policy import (
     read_by_low_only,
 )
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Role, StepGraph, is_float, phase, source, tensor
+from ..ir.graph import Phase, Role, StepGraph, is_float, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
 
 aten = torch.ops.aten
 Choice = Callable[[Node, str], "torch.dtype | None"]
+Caster = Callable[[Node, Node, torch.dtype, str], Node]
+MASKS = ("attn_mask", "attn_bias")
+MASKED = -1  # where the memo has a segment for weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Cast(GraphPass):
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         if self.dtype is torch.float32:
+            for node in list(step.nodes()):
+                _drop_if_idle(node, edit)
             edit.decline("dtype is float32: no casts")
             return
         _Caster(self, step, edit).run()
@@ -59,6 +67,8 @@ class _Caster:
         self.original = {n: tensor(n).dtype for n in step.graph.nodes if is_float(n)}
         self.weights = self._weights()
         self.kept = nodes_kept(step, settings.keep_fp32)
+        self.made_in: dict[Node, int] = {}  # the user's own low copies of weights, and their segment
+        self.wide: set[object] = set()  # sequence numbers of forward arithmetic that ran in float32
         self.segment = 0  # a weight's casts are shared within one forward or one backward
         self.last_phase = Phase.FORWARD
         self.unknown: dict[str, int] = {}
@@ -75,11 +85,12 @@ class _Caster:
             self.edit.decline(f"{name} ({count}x) is not in the op policy: it runs in float32")
 
     def _weights(self) -> set[Node]:
-        """Inputs and their views: cheap to cast again, dear to keep in two precisions."""
+        """Inputs, their views and the user's casts of them: cheap to make again, dear to keep."""
         found = {n for n, role in self.step.roles.items() if role in (Role.PARAMETER, Role.INPUT)}
-        for node in self.step.nodes():
-            if op_name(node.target) in VIEWS and node.args and node.args[0] in found:
-                found.add(node)
+        for node in list(self.step.nodes()):
+            if node.args and node.args[0] in found and not _drop_if_idle(node, self.edit):
+                if op_name(node.target) in VIEWS or is_cast(node, self.low):
+                    found.add(node)
         return found
 
     # ------------------------------------------------------------ one node
@@ -89,39 +100,54 @@ class _Caster:
             self.edit.refresh(node)
             return
         floats = [n for n in node.all_input_nodes if is_float(n)]
-        if not floats:
+        if not floats or _drop_if_idle(node, self.edit):
             return
+        if node in self.weights and tensor(node).dtype == self.low:
+            self.made_in[node] = self.made_in.get(source(node), self.segment)
         if node.target is aten.copy_.default:
             self._replace(node, source(node, 1), tensor(source(node)).dtype, "stored value")
         elif node.target is MARK and node.args[1] in (SEED, GRAD):
             self._visit_mark(node)
-        elif phase(node) in (Phase.GRADIENT, Phase.UPDATE):
-            self._cast_args(node, lambda n, _: self.original.get(n), "gradients meet in their own dtype")
-        elif not _has_double(node):
-            self._apply(node, self._colour(node))
+        elif (colour := self._colour(node)) is None:
+            self._cast_args(node, lambda n, _: self._own(n), "runs as in the uncompiled step")
+            self.edit.touched.discard(node)  # it reads what it always read
+            return
+        else:
+            self._apply(node, colour)
         if node in self.edit.touched or any(self._changed(n) for n in floats):
             self._refresh(node)
+        if is_float(node) and phase(node) is Phase.FORWARD and tensor(node).dtype is torch.float32:
+            self.wide.add(node.meta.get("seq_nr"))
         if op_name(node.target) in ("_softmax", "_safe_softmax"):
             self._store_softmax(node)
+
+    def _own(self, node: Node) -> torch.dtype:
+        """The dtype of a value in the uncompiled step."""
+        return self.original.get(node, torch.float32)
 
     def _changed(self, node: Node) -> bool:
         return node in self.original and tensor(node).dtype != self.original[node]
 
     def _visit_mark(self, node: Node) -> None:
         grad = source(node)
+        if node.args[1] == SEED and (made := origin(grad)) is not None and is_cast(grad, torch.float16):
+            if made.pass_name == "scale_loss":  # whose product with the scale overflows in the user's float16
+                self.edit.set_arg(node, 0, source(grad))
+            return
         if node.args[1] != GRAD or tensor(grad).ndim < 2 or tensor(grad).dtype is not torch.float32:
             return
         if not self.kept.isdisjoint((grad, *grad.all_input_nodes)):
             return  # whoever keeps a module in float32 may do so because its gradient overflows
         self._replace(node, grad, self.low, "a weight's gradient waits for the verdict in low precision")
 
-    def _colour(self, node: Node) -> Colour:
-        if node in self.kept:
-            return Colour.HIGH
+    def _colour(self, node: Node) -> Colour | None:
+        """The rule for a node; None if it has to run as in the uncompiled step."""
+        if node in self.kept or phase(node) in (Phase.GRADIENT, Phase.UPDATE) or has_double(node):
+            return None
         colour = colour_of(node.target)
         if colour is None:
             self.unknown[str(node.target)] = self.unknown.get(str(node.target), 0) + 1
-            return Colour.HIGH
+            return None
         name = op_name(node.target)
         if name in ("_softmax", "_safe_softmax") and read_by_low_only(node, self.kept):
             return Colour.FOLLOW
@@ -129,20 +155,25 @@ class _Caster:
             return Colour.BACKWARD_FOLLOW
         if colour is Colour.FOLLOW and has_number_beyond(node, torch.finfo(self.low).max):
             return Colour.HIGH
+        if colour is Colour.FOLLOW and name not in VIEWS and self._undoes_wide(node):
+            return Colour.HIGH
         return colour
+
+    def _undoes_wide(self, node: Node) -> bool:
+        """Whether a node of backward belongs to forward arithmetic in float32: a scale of 1e-6, say."""
+        return phase(node) is Phase.BACKWARD and node.meta.get("seq_nr", self) in self.wide
 
     def _apply(self, node: Node, colour: Colour) -> None:
         name = op_name(node.target)
         if colour is Colour.LOW:
+            low = self._low(node)
             self._cast_args(
-                node,
-                lambda _, arg: None if arg in PINNED_ARGUMENTS else self.low,
-                f"{name} runs in {self.low}",
+                node, lambda _, arg: None if arg in PINNED_ARGUMENTS else low, f"{name} runs in {low}"
             )
         elif colour is Colour.HIGH:
             self._cast_args(node, lambda *_: torch.float32, f"{name} runs in float32")
         elif colour is Colour.NORM:
-            dtype = _input_dtype(node)
+            dtype = input_dtype(node)
             self._cast_args(
                 node,
                 lambda _, arg: dtype if arg in ACTIVATIONS else torch.float32,
@@ -157,6 +188,11 @@ class _Caster:
             self._cast_args(node, lambda *_: widest, f"{name} needs one dtype")
         if name in ("_softmax_backward_data", "_log_softmax_backward_data"):
             self._set_input_dtype(node)
+
+    def _low(self, node: Node) -> torch.dtype:
+        """The compute dtype, unless all is in another low one: the user's bfloat16 in a float16 step."""
+        chosen = {self._own(n) for n in node.all_input_nodes if is_float(n)}
+        return chosen.pop() if len(chosen) == 1 and torch.float32 not in chosen else self.low
 
     def _set_input_dtype(self, node: Node) -> None:
         """The softmax backwards are told the dtype of forward's input: that of what it saved."""
@@ -182,20 +218,47 @@ class _Caster:
         for name, arg in (*zip(names, node.args, strict=False), *node.kwargs.items()):
             for value in arg if isinstance(arg, (list, tuple)) else [arg]:
                 if isinstance(value, Node) and is_float(value) and (dtype := wanted(value, name)) is not None:
-                    self._replace(node, value, dtype, reason)
+                    is_mask = name in MASKS and tensor(value).dtype is torch.float32
+                    self._replace(node, value, dtype, reason, self._cast_mask if is_mask else self._cast)
 
-    def _replace(self, node: Node, value: Node, dtype: torch.dtype, reason: str) -> None:
-        if tensor(value).dtype != dtype:
-            node.replace_input_with(value, self._cast(node, value, dtype, reason))
+    def _replace(
+        self, node: Node, value: Node, dtype: torch.dtype, reason: str, cast: Caster | None = None
+    ) -> None:
+        outlived = self.made_in.get(value, self.segment) != self.segment
+        if tensor(value).dtype != dtype or outlived:
+            node.replace_input_with(value, (cast or self._cast)(node, value, dtype, reason))
             self.edit.touched.add(node)
+
+    def _cast_mask(self, user: Node, mask: Node, dtype: torch.dtype, reason: str) -> Node:
+        """An additive mask whose lowest float32 number becomes the lowest of ``dtype``.
+
+        A plain cast makes it -inf, and attention over a row of nothing else nan.
+        """
+        key = (mask, dtype, MASKED)
+        if key not in self.memo:
+            call = partial(self.edit.call, when=phase(user), reason=reason)
+            is_view = op_name(mask.target) in VIEWS and is_float(mask.args[0])
+            base = self._cast_mask(user, source(mask), dtype, reason) if is_view else mask
+            with self.edit.before(user):
+                if is_view:  # of the cast: some kernels ask for the strides it has
+                    new = call(mask.target, base, *mask.args[1:])  # pyright: ignore[reportArgumentType]
+                else:
+                    finite = call(aten.clamp.default, mask, torch.finfo(dtype).min)
+                    infinite = call(aten.eq.Scalar, mask, -math.inf)
+                    wide = call(aten.where.ScalarSelf, infinite, -math.inf, finite)
+                    new = self.edit.cast(wide, dtype, when=phase(user), reason=reason)
+            self.memo[key] = new
+        return self.memo[key]
 
     def _cast(self, user: Node, value: Node, dtype: torch.dtype, reason: str) -> Node:
         """``value`` in ``dtype`` before ``user``: what it was widened from, an earlier cast, or a new one."""
-        if (narrow := _widened_from(value)) is not None and tensor(narrow).dtype == dtype:
+        if (narrow := widened_from(value)) is not None and tensor(narrow).dtype == dtype:
             return narrow
         key = (value, dtype, self.segment if value in self.weights else None)
         if key not in self.memo:
             when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
+            if value in self.made_in and is_cast(value, dtype):
+                return self._cast(user, source(value), dtype, "a weight's copy does not wait for backward")
             if value in self.weights and op_name(value.target) in RESHAPES:
                 # an RNN transposes its weight at every time step: cast it once, transpose that
                 base = self._cast(user, source(value), dtype, reason)
@@ -222,22 +285,12 @@ class _Caster:
                 output.replace_input_with(value, self._cast(output, value, self.original[value], reason))
 
 
-def _has_double(node: Node) -> bool:
-    values = (n.meta.get("val") for n in node.all_input_nodes)
-    return any(isinstance(v, torch.Tensor) and v.dtype is torch.float64 for v in values)
-
-
-def _input_dtype(node: Node) -> torch.dtype:
-    """The dtype of the activations a normalization reads."""
-    assert isinstance(node.target, torch._ops.OpOverload), f"{node.target} has no schema"
-    names = [a.name for a in node.target._schema.arguments]
-    return tensor(source(node, names.index("X" if "X" in names else "input"))).dtype
-
-
-def _widened_from(value: Node) -> Node | None:
-    """The float16 or bfloat16 tensor that ``value`` is an exact float32 copy of."""
-    if value.target is not aten._to_copy.default or tensor(value).dtype is not torch.float32:
-        return None
-    narrow = source(value)
-    same_device = tensor(narrow).device == tensor(value).device
-    return narrow if is_float(narrow) and same_device else None
+def _drop_if_idle(node: Node, edit: Editor) -> bool:
+    """Erase a cast of the user's to the dtype the value has; capture spells them out in case it has not."""
+    if not is_cast(node, torch.float32) or tensor(source(node)).dtype is not torch.float32:
+        return False
+    if any(user.op == "output" or user.target is aten.copy_.default for user in node.users):
+        return False  # the user may have asked for a copy
+    edit.replace_uses(node, source(node))
+    edit.erase(node)
+    return True

@@ -1,0 +1,35 @@
+"""Questions about one node that the cast pass asks."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ..ir.graph import is_float, source, tensor
+
+aten = torch.ops.aten
+
+
+def is_cast(node: Node, dtype: torch.dtype) -> bool:
+    return node.target is aten._to_copy.default and dict(node.kwargs) == {"dtype": dtype}
+
+
+def has_double(node: Node) -> bool:
+    values = (n.meta.get("val") for n in node.all_input_nodes)
+    return any(isinstance(v, torch.Tensor) and v.dtype is torch.float64 for v in values)
+
+
+def input_dtype(node: Node) -> torch.dtype:
+    """The dtype of the activations a normalization reads."""
+    assert isinstance(node.target, torch._ops.OpOverload), f"{node.target} has no schema"
+    names = [a.name for a in node.target._schema.arguments]
+    return tensor(source(node, names.index("X" if "X" in names else "input"))).dtype
+
+
+def widened_from(value: Node) -> Node | None:
+    """The float16 or bfloat16 tensor that ``value`` is an exact float32 copy of."""
+    if value.target is not aten._to_copy.default or tensor(value).dtype is not torch.float32:
+        return None
+    narrow = source(value)
+    same_device = tensor(narrow).device == tensor(value).device
+    return narrow if is_float(narrow) and same_device else None

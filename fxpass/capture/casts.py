@@ -1,0 +1,53 @@
+"""The user's own casts to float32, kept through autograd.
+
+``x.float()`` of a value that is float32 in the uncompiled step does nothing
+there, and AOTAutograd drops it. But the value may be float16 once the policy
+has decided, and the user asked for float32 from here on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+_SAME_STORAGE = frozenset(
+    "view reshape transpose permute t squeeze unsqueeze flatten unflatten expand select narrow chunk split "
+    "unbind detach getitem".split()
+)
+_WRITES = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split())
+
+
+def spell_out_casts(graph: Graph) -> None:
+    """Write each ``x.float()`` of a float32 ``x`` as a copy, which autograd keeps.
+
+    The cast pass drops those that still do nothing. Not where the result is
+    changed in place: then it has to stay ``x`` itself.
+    """
+    for node in graph.nodes:
+        if _asks_for_float32(node) and _is_float32(node.args[0]) and not _changed_in_place(node):
+            node.op, node.target = "call_function", torch.ops.aten._to_copy.default
+            node.args, node.kwargs = node.args[:1], {"dtype": torch.float32}
+
+
+def _asks_for_float32(node: Node) -> bool:
+    if node.op != "call_method" or node.target not in ("float", "to", "type"):
+        return False
+    asked = [*node.args[1:], *node.kwargs.values()]
+    return node.target == "float" or torch.float32 in asked
+
+
+def _is_float32(node: object) -> bool:
+    value = node.meta.get("example_value") if isinstance(node, Node) and node.op != "placeholder" else None
+    return isinstance(value, Tensor) and value.dtype is torch.float32
+
+
+def _changed_in_place(node: Node) -> bool:
+    """Whether a method, an operator (``+=``) or an ``out=`` writes to the value or to a view of it."""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if name in _WRITES or (name.endswith("_") and not name.startswith("_")) or "out" in user.kwargs:
+            return True
+        if name in _SAME_STORAGE and _changed_in_place(user):
+            return True
+    return False
