@@ -5,9 +5,9 @@ from .aot import compiling_flag as compiling_flag
 from .aot import grad_with_forward_links as grad_with_forward_links
 from .aot import python_values as python_values
 from .aot import trace as trace
-from .dynamo import current_record as current_record
 from .dynamo import install as install
-from .dynamo import optimizer_step as optimizer_step
+from .dynamo_common import current_record as current_record
+from .dynamo_optimizer import optimizer_step as optimizer_step
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
 from .handles import source_name as source_name

@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-import traceback
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -29,20 +26,26 @@ from unittest import mock
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, output_graph
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
-from torch._dynamo.variables import base, builder, functions, misc, optimizer, tensor, user_defined
+from torch._dynamo.variables import builder, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import TupleVariable
-from torch._guards import TracingContext
 
 from ..errors import FxpassError, OptimizerError
-from ..ir.marks import GRAD, MARK, READ, SEED
-from .record import FrameRecord, LeafGrad, StepEvent, StepParam
+from ..ir.marks import GRAD, MARK, SEED
+from .dynamo_common import (
+    call,
+    current_record,
+    fail,
+    is_none,
+    local,
+    no_grad,
+    record_of_frame,
+    store_grad,
+    user_line,
+)
+from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
+from .record import FrameRecord, LeafGrad
 
-VariableTracker = base.VariableTracker
-
-_local = threading.local()
 _find_backend: Callable[[Any], Any | None] = lambda _: None  # noqa: E731 - replaced by install()
 
 
@@ -54,16 +57,6 @@ def install(find_backend: Callable[[Any], Any | None]) -> None:
         convert_frame._compile = _hook(convert_frame._compile)
 
 
-def current_record() -> FrameRecord | None:
-    """The record of the frame being compiled on this thread, None outside of one of ours."""
-    return getattr(_local, "record", None)
-
-
-def optimizer_step(index: int, params: list[Any], grads: list[Any], dynamic: list[Any]) -> None:
-    """The opaque node that stands for ``optimizer.step()`` in Dynamo's graph; never executed."""
-    raise AssertionError("an optimizer_step node reached execution")
-
-
 def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _compile(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +65,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         record = FrameRecord(backend)
         outer = current_record()
-        _local.record = record
+        local.record = record
         try:
             with _patches():
                 return original(*args, **kwargs)
@@ -82,7 +75,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise ours.with_traceback(None) from None
         finally:
-            _local.record = outer
+            local.record = outer
             if record.break_reason:
                 backend.note_break(record)
 
@@ -104,14 +97,15 @@ def _patches() -> Iterator[None]:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
         stack.enter_context(dynamo_config.patch(trace_autograd_ops=True, allow_rnn=True))
         patch(tensor.TensorVariable, "method_backward", _backward)
-        patch(optimizer.OptimizerVariable, "call_method", _optimizer_call_method)
-        patch(optimizer.OptimizerVariable, "var_getattr", _optimizer_var_getattr)
+        patch(tensor.TensorVariable, "method_attr_grad", _own_none(tensor.TensorVariable.method_attr_grad))
+        patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
+        patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
         patch(builder, "get_static_address_type", lambda _: None)
         patch(
             functions.UserMethodVariable,
             "call_function",
-            _zero_grad_hook(functions.UserMethodVariable.call_function),
+            module_zero_grad_hook(functions.UserMethodVariable.call_function),
         )
         patch(output_graph.OutputGraph, "__init__", _restart_hook(output_graph.OutputGraph.__init__))
         patch(output_graph.OutputGraph, "_validate_outputs_safe_for_autograd_nodes", _note_consumed_outputs)
@@ -127,55 +121,27 @@ def _restart_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo makes one OutputGraph per attempt: after a restart the record starts anew."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        _record().restart()
+        record_of_frame().restart()
         original(self, *args, **kwargs)
 
     return __init__
 
 
-def _record() -> FrameRecord:
-    record = current_record()
-    assert record is not None, "a Dynamo hook ran outside of a frame of ours"
-    return record
-
-
-def _fail(error: FxpassError) -> FxpassError:
-    """Remember ``error`` so that it survives Dynamo's wrapping, and return it for raising."""
-    record = _record()
-    record.error = record.error or error
-    return error
-
-
-def user_line(stack: traceback.StackSummary | None = None) -> str:
-    """``file:line in function: code`` of the innermost frame of the user's code."""
-    frames = list(TracingContext.extract_stack() if stack is None else stack)
-    theirs = [f for f in frames if "/torch/" not in f.filename and "/fxpass/_torch/" not in f.filename]
-    if not (theirs or frames):
-        return "unknown"
-    frame = (theirs or frames)[-1]
-    return f"{frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
-
-
 # ---------------------------------------------------------------- backward
 
 
-def _call(tx: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Trace ``fn(*args, **kwargs)`` where each argument is a variable or a Python constant."""
-    wrap = lambda a: a if isinstance(a, VariableTracker) else ConstantVariable.create(a)  # noqa: E731
-    callee = VariableTracker.build(tx, fn)
-    return callee.call_function(tx, [wrap(a) for a in args], {k: wrap(v) for k, v in kwargs.items()})
+def _own_none(original: Callable[..., Any]) -> Callable[..., Any]:
+    def method_attr_grad(self: Any, tx: Any) -> Any:
+        """``.grad`` that is None gets a None of its own.
 
+        Dynamo writes the source of an attribute it read into the variable it
+        found. For None that is one object for the whole process: any None of a
+        later frame, of any backend, would be loaded from this parameter's .grad.
+        """
+        grad = original(self, tx)
+        return ConstantVariable(None) if grad is not None and is_none(grad) else grad
 
-@contextlib.contextmanager
-def _no_grad(tx: Any) -> Iterator[None]:
-    from torch._dynamo.variables.ctx_manager import GradModeVariable
-
-    mode = GradModeVariable.create(tx, False, initialized=True)
-    mode.enter(tx)
-    try:
-        yield
-    finally:
-        mode.exit(tx)
+    return method_attr_grad
 
 
 def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:
@@ -195,179 +161,44 @@ def _backward(
     inputs: Any = None,
 ) -> Any:
     """``loss.backward()`` as ``autograd.grad`` over the frame's leaves, gradients added to ``.grad``."""
-    record = _record()
+    record = record_of_frame()
     if create_graph is not None and create_graph.is_python_constant() and create_graph.as_python_constant():
         hint = "take the second derivative with torch.autograd.grad outside the compiled step"
-        raise _fail(OptimizerError("backward(create_graph=True)", where=user_line(), hint=hint))
+        raise fail(OptimizerError("backward(create_graph=True)", where=user_line(), hint=hint))
     leaves = [v for v in _leaves(self, tx, inputs) if v.dtype.is_floating_point]
     number = len(record.backwards)
     record.backwards.append(user_line())
     if not leaves:
         return ConstantVariable.create(None)
-    with _no_grad(tx):
-        seed = (
-            gradient if gradient is not None and not _is_none(gradient) else _call(tx, torch.ones_like, self)
-        )
-        seed = _call(tx, MARK, seed, SEED, number)
+    with no_grad(tx):
+        seed = gradient if gradient is not None and not is_none(gradient) else call(tx, torch.ones_like, self)
+        seed = call(tx, MARK, seed, SEED, number)
     kwargs = {"allow_unused": True, "grad_outputs": seed}
     if retain_graph is not None:
         kwargs["retain_graph"] = retain_graph
-    grads = _call(tx, torch.autograd.grad, self, TupleVariable(leaves), **kwargs)
-    with _no_grad(tx):
+    grads = call(tx, torch.autograd.grad, self, TupleVariable(leaves), **kwargs)
+    with no_grad(tx):
         for position, leaf in enumerate(leaves):
             grad = grads.call_method(tx, "__getitem__", [ConstantVariable.create(position)], {})
-            if _is_none(grad):
+            if is_none(grad):
                 continue
-            grad = _call(tx, MARK, grad, GRAD, len(record.leaf_grads))
+            grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
             record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
             old = leaf.var_getattr(tx, "grad")
-            _store_grad(tx, leaf, grad if _is_none(old) else _call(tx, torch.add, old, grad))
+            store_grad(tx, leaf, grad if is_none(old) else call(tx, torch.add, old, grad))
     return ConstantVariable.create(None)
-
-
-def _is_none(variable: Any) -> bool:
-    return variable.is_python_constant() and variable.as_python_constant() is None
-
-
-def _store_grad(tx: Any, leaf: Any, grad: Any) -> None:
-    if not tx.output.side_effects.is_attribute_mutation(leaf):
-        from torch._dynamo.variables.base import AttributeMutationExisting
-
-        leaf.mutation_type = AttributeMutationExisting()
-    tx.output.side_effects.store_attr(leaf, "grad", grad)
-
-
-# ---------------------------------------------------------------- optimizer
-
-
-def _optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
-    if name in ("step", "zero_grad"):
-        return misc.GetAttrVariable(self, name, source=self.source and AttrSource(self.source, name))
-    return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
-
-
-def _optimizer_call_method(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    if name == "zero_grad":
-        return _optimizer_zero_grad(self, tx, *args, **kwargs)
-    if name == "step":
-        return _optimizer_step(self, tx, *args, **kwargs)
-    return user_defined.UserDefinedObjectVariable.call_method(self, tx, name, args, kwargs)
-
-
-def _params(self: Any, tx: Any) -> Iterator[tuple[int, int, torch.Tensor, Any]]:
-    """(group, position, parameter, its variable); guards on the structure of ``param_groups``."""
-    groups = AttrSource(self.source, "param_groups")
-    install_guard(groups.make_guard(GuardBuilder.SEQUENCE_LENGTH))
-    for g, group in enumerate(self.value.param_groups):
-        params = DictGetItemSource(GetItemSource(groups, g), "params")
-        install_guard(params.make_guard(GuardBuilder.SEQUENCE_LENGTH))
-        for p, param in enumerate(group["params"]):
-            variable = VariableTracker.build(tx, param, GetItemSource(params, p))
-            _record().real[variable.as_proxy().node.name] = param
-            yield g, p, param, variable
-
-
-def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
-    to_none = set_to_none is None or set_to_none.as_python_constant()
-    for _, _, param, variable in _params(self, tx):
-        if to_none:
-            if param.requires_grad or param.grad is not None:
-                _store_grad(tx, variable, ConstantVariable(None))
-        elif not _is_none(old := variable.var_getattr(tx, "grad")):
-            _store_grad(tx, variable, _call(tx, torch.zeros_like, old))
-    return ConstantVariable.create(None)
-
-
-def _optimizer_step(self: Any, tx: Any, closure: Any = None) -> Any:
-    record = _record()
-    name = type(self.value).__name__
-    if closure is not None and not _is_none(closure):
-        hint = "compute the loss and call backward() in the step itself, then optimizer.step()"
-        raise _fail(OptimizerError(f"{name}.step() was given a closure", where=user_line(), hint=hint))
-    if isinstance(self.value, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        hint = "use a first-order optimizer with dense gradients, such as torch.optim.AdamW"
-        raise _fail(OptimizerError(f"{name} cannot be traced into the step", where=user_line(), hint=hint))
-    index, params, nodes, grads = len(record.events), [], [], []
-    for g, p, param, variable in _params(self, tx):
-        grad = variable.var_getattr(tx, "grad") if param.requires_grad or param.grad is not None else None
-        has_grad = grad is not None and not _is_none(grad)
-        node = variable.as_proxy().node.name
-        params.append(StepParam(g, p, has_grad, node))
-        if has_grad:
-            nodes.append(variable.as_proxy())
-            with _no_grad(tx):
-                grads.append(_call(tx, MARK, grad, READ, len(record.reads)).as_proxy())
-            record.reads.append(node)
-    dynamic = _hyperparameters(self, tx)
-    record.events.append(
-        StepEvent(
-            index,
-            weakref.ref(self.value),
-            params,
-            [d for d, _ in dynamic],
-            user_line(),
-            len(record.backwards),
-        )
-    )
-    arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])
-    tx.output.create_proxy("call_function", optimizer_step, arguments, {})
-    return ConstantVariable.create(None)
-
-
-def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | None], Any]]:
-    """Guard on every setting of the optimizer but ``lr``; those Dynamo made symbolic, as graph values.
-
-    A float that changed once (a momentum cycled by OneCycleLR) is a symbolic
-    float from the second compilation on; ``lr`` is read anew at every call.
-    """
-    groups = AttrSource(self.source, "param_groups")
-    found: list[tuple[tuple[int, str, int | None], Any]] = []
-    for g, group in enumerate(self.value.param_groups):
-        source = GetItemSource(groups, g)
-        for key in self.value.defaults:
-            value = group.get(key)
-            if key in ("params", "lr") or not isinstance(value, (bool, int, float, str, tuple, type(None))):
-                continue
-            at = DictGetItemSource(source, key)
-            items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
-            for position, item in items:
-                if not isinstance(item, (bool, int, float, str, type(None))):
-                    continue
-                item_source = at if position is None else GetItemSource(at, position)
-                variable = VariableTracker.build(tx, item, item_source).realize()
-                if not variable.is_python_constant():
-                    found.append(((g, key, position), variable.as_proxy()))
-    return found
 
 
 def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def _wrap(self: Any, value: Any) -> Any:
         if isinstance(value, torch.amp.GradScaler):
             hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
-            raise _fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
+            raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
         if isinstance(value, torch.nn.Module):
-            _record().modules.append(value)
+            record_of_frame().modules.append(value)
         return original(self, value)
 
     return _wrap
-
-
-def _module_zero_grad(module: Any, set_to_none: bool = True) -> None:
-    for p in module.parameters():
-        if set_to_none:
-            p.grad = None
-        elif p.grad is not None:
-            p.grad = torch.zeros_like(p.grad)
-
-
-def _zero_grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.fn is torch.nn.Module.zero_grad:
-            inlined = VariableTracker.build(tx, _module_zero_grad)
-            return inlined.call_function(tx, [self.obj, *args], kwargs)
-        return original(self, tx, args, kwargs)
-
-    return call_function
 
 
 # ---------------------------------------------------------------- end of the frame
@@ -387,12 +218,12 @@ def _note_consumed_outputs(self: Any, rv: list[Any], tx: Any) -> None:
         if fake.grad_fn is not None:
             reachable = output_graph.collect_reachable_grad_fns([(fake, None)])
             if reachable & consumed:
-                _record().consumed.add(variable.as_proxy().node.name)
+                record_of_frame().consumed.add(variable.as_proxy().node.name)
 
 
 def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_subgraph(self: Any, tx: Any, reason: Any, *args: Any, **kwargs: Any) -> Any:
-        record = _record()
+        record = record_of_frame()
         if getattr(reason, "graph_break", True) and reason.user_stack:
             record.break_reason = str(reason.reason).strip()
             record.break_where = user_line(reason.user_stack)
@@ -419,11 +250,11 @@ def _take_over_grads(side_effects: Any, record: FrameRecord) -> None:
             del pending["grad"]
             kinds = getattr(side_effects, "attr_mutation_kinds", {})
             kinds.get(variable, {}).pop("grad", None)
-            if _is_none(grad):
+            if is_none(grad):
                 record.cleared.add(node)
             else:
                 record.kept.append((node, grad.as_proxy().node.name))
-        elif _is_none(grad):
+        elif is_none(grad):
             pending["grad"] = ConstantVariable(None)
         else:
             record.escaping.append(node)

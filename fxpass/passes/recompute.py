@@ -72,7 +72,9 @@ class _Tie:
     def __call__(self, value: Node) -> Node:
         if self.never is None:
             self.never = self.edit.never(self.loss, "false for every loss, but no compiler knows")
-        arguments = (self.never, 0.0 if tensor(value).dtype.is_floating_point else 0, value)
+        dtype = tensor(value).dtype
+        nothing = 0.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
+        arguments = (self.never, nothing, value)
         reason = "a recomputation must wait for the loss"
         return self.edit.call(aten.where.ScalarSelf, *arguments, when=Phase.BACKWARD, reason=reason)
 

@@ -1,0 +1,79 @@
+"""What the Dynamo hooks share: the frame's record, errors that survive Dynamo, calls on variables."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from torch._dynamo.variables import base
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._guards import TracingContext
+
+from ..errors import FxpassError
+from .record import FrameRecord
+
+VariableTracker = base.VariableTracker
+
+local = threading.local()
+
+
+def current_record() -> FrameRecord | None:
+    """The record of the frame being compiled on this thread, None outside of one of ours."""
+    return getattr(local, "record", None)
+
+
+def record_of_frame() -> FrameRecord:
+    record = current_record()
+    assert record is not None, "a Dynamo hook ran outside of a frame of ours"
+    return record
+
+
+def fail(error: FxpassError) -> FxpassError:
+    """Remember ``error`` so that it survives Dynamo's wrapping, and return it for raising."""
+    record = record_of_frame()
+    record.error = record.error or error
+    return error
+
+
+def user_line(stack: traceback.StackSummary | None = None) -> str:
+    """``file:line in function: code`` of the innermost frame of the user's code."""
+    frames = list(TracingContext.extract_stack() if stack is None else stack)
+    theirs = [f for f in frames if "/torch/" not in f.filename and "/fxpass/_torch/" not in f.filename]
+    if not (theirs or frames):
+        return "unknown"
+    frame = (theirs or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
+
+
+def call(tx: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Trace ``fn(*args, **kwargs)`` where each argument is a variable or a Python constant."""
+    wrap = lambda a: a if isinstance(a, VariableTracker) else ConstantVariable.create(a)  # noqa: E731
+    callee = VariableTracker.build(tx, fn)
+    return callee.call_function(tx, [wrap(a) for a in args], {k: wrap(v) for k, v in kwargs.items()})
+
+
+@contextlib.contextmanager
+def no_grad(tx: Any) -> Iterator[None]:
+    from torch._dynamo.variables.ctx_manager import GradModeVariable
+
+    mode = GradModeVariable.create(tx, False, initialized=True)
+    mode.enter(tx)
+    try:
+        yield
+    finally:
+        mode.exit(tx)
+
+
+def is_none(variable: Any) -> bool:
+    return variable.is_python_constant() and variable.as_python_constant() is None
+
+
+def store_grad(tx: Any, leaf: Any, grad: Any) -> None:
+    if not tx.output.side_effects.is_attribute_mutation(leaf):
+        from torch._dynamo.variables.base import AttributeMutationExisting
+
+        leaf.mutation_type = AttributeMutationExisting()
+    tx.output.side_effects.store_attr(leaf, "grad", grad)

@@ -1,0 +1,154 @@
+"""Optimizers while Dynamo traces: ``step()`` as one opaque node, ``zero_grad()`` without reading.
+
+Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
+from torch._dynamo.variables import misc, user_defined
+from torch._dynamo.variables.constant import ConstantVariable
+
+from ..errors import OptimizerError
+from ..ir.marks import MARK, READ
+from .dynamo_common import (
+    VariableTracker,
+    call,
+    fail,
+    is_none,
+    no_grad,
+    record_of_frame,
+    store_grad,
+    user_line,
+)
+from .record import StepEvent, StepParam
+
+
+def optimizer_step(index: int, params: list[Any], grads: list[Any], dynamic: list[Any]) -> None:
+    """The opaque node that stands for ``optimizer.step()`` in Dynamo's graph; never executed."""
+    raise AssertionError("an optimizer_step node reached execution")
+
+
+def optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
+    if name in ("step", "zero_grad"):
+        return misc.GetAttrVariable(self, name, source=self.source and AttrSource(self.source, name))
+    return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
+
+
+def optimizer_call_method(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if name == "zero_grad":
+        return _optimizer_zero_grad(self, tx, *args, **kwargs)
+    if name == "step":
+        return _optimizer_step(self, tx, *args, **kwargs)
+    return user_defined.UserDefinedObjectVariable.call_method(self, tx, name, args, kwargs)
+
+
+def _params(self: Any, tx: Any) -> Iterator[tuple[int, int, torch.Tensor, Any]]:
+    """(group, position, parameter, its variable); guards on the structure of ``param_groups``."""
+    groups = AttrSource(self.source, "param_groups")
+    install_guard(groups.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+    for g, group in enumerate(self.value.param_groups):
+        params = DictGetItemSource(GetItemSource(groups, g), "params")
+        install_guard(params.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+        for p, param in enumerate(group["params"]):
+            # realized: side effects are kept by variable, and a lazy one is another object
+            variable = VariableTracker.build(tx, param, GetItemSource(params, p)).realize()
+            record_of_frame().real[variable.as_proxy().node.name] = param
+            yield g, p, param, variable
+
+
+def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
+    to_none = set_to_none is None or set_to_none.as_python_constant()
+    for _, _, param, variable in _params(self, tx):
+        if to_none:
+            if param.requires_grad or param.grad is not None:
+                store_grad(tx, variable, ConstantVariable(None))
+        elif not is_none(old := variable.var_getattr(tx, "grad")):
+            store_grad(tx, variable, call(tx, torch.zeros_like, old))
+    return ConstantVariable.create(None)
+
+
+def _optimizer_step(self: Any, tx: Any, closure: Any = None) -> Any:
+    record = record_of_frame()
+    name = type(self.value).__name__
+    if closure is not None and not is_none(closure):
+        hint = "compute the loss and call backward() in the step itself, then optimizer.step()"
+        raise fail(OptimizerError(f"{name}.step() was given a closure", where=user_line(), hint=hint))
+    if isinstance(self.value, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        hint = "use a first-order optimizer with dense gradients, such as torch.optim.AdamW"
+        raise fail(OptimizerError(f"{name} cannot be traced into the step", where=user_line(), hint=hint))
+    index, params, nodes, grads = len(record.events), [], [], []
+    for g, p, param, variable in _params(self, tx):
+        grad = variable.var_getattr(tx, "grad") if param.requires_grad or param.grad is not None else None
+        has_grad = grad is not None and not is_none(grad)
+        node = variable.as_proxy().node.name
+        params.append(StepParam(g, p, has_grad, node))
+        if has_grad:
+            nodes.append(variable.as_proxy())
+            with no_grad(tx):
+                grads.append(call(tx, MARK, grad, READ, len(record.reads)).as_proxy())
+            record.reads.append(node)
+    dynamic = _hyperparameters(self, tx)
+    record.events.append(
+        StepEvent(
+            index,
+            weakref.ref(self.value),
+            params,
+            [d for d, _ in dynamic],
+            user_line(),
+            len(record.backwards),
+        )
+    )
+    arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])
+    tx.output.create_proxy("call_function", optimizer_step, arguments, {})
+    return ConstantVariable.create(None)
+
+
+def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | None], Any]]:
+    """Guard on every setting of the optimizer but ``lr``; those Dynamo made symbolic, as graph values.
+
+    A float that changed once (a momentum cycled by OneCycleLR) is a symbolic
+    float from the second compilation on; ``lr`` is read anew at every call.
+    """
+    groups = AttrSource(self.source, "param_groups")
+    found: list[tuple[tuple[int, str, int | None], Any]] = []
+    for g, group in enumerate(self.value.param_groups):
+        source = GetItemSource(groups, g)
+        for key in self.value.defaults:
+            value = group.get(key)
+            if key in ("params", "lr") or not isinstance(value, (bool, int, float, str, tuple, type(None))):
+                continue
+            at = DictGetItemSource(source, key)
+            items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+            for position, item in items:
+                if not isinstance(item, (bool, int, float, str, type(None))):
+                    continue
+                item_source = at if position is None else GetItemSource(at, position)
+                variable = VariableTracker.build(tx, item, item_source).realize()
+                if not variable.is_python_constant():
+                    found.append(((g, key, position), variable.as_proxy()))
+    return found
+
+
+def _module_zero_grad(module: Any, set_to_none: bool = True) -> None:
+    for p in module.parameters():
+        if set_to_none:
+            p.grad = None
+        elif p.grad is not None:
+            p.grad = torch.zeros_like(p.grad)
+
+
+def module_zero_grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.fn is torch.nn.Module.zero_grad:
+            inlined = VariableTracker.build(tx, _module_zero_grad)
+            return inlined.call_function(tx, [self.obj, *args], kwargs)
+        return original(self, tx, args, kwargs)
+
+    return call_function
