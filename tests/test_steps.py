@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fxpass import CaptureError, FxpassError, MixedPrecision, OptimizerError
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from tests.helpers import FP32, Mlp, Training, clone, compare, same
+from fxpass import CaptureError, FxpassError, MixedPrecision, OptimizerError
+from tests.helpers import Mlp, Training, clone, compare, same
 
 
 def train(step_of: Callable[..., Any], model: nn.Module | None = None) -> Callable[[], Training]:
@@ -148,7 +148,17 @@ def _no_grad_block(net: nn.Module, opt: Any) -> Any:
     return step
 
 
-FORMS = [_first, _last, _model_zero_grad, _nothing, _accumulate, _two_losses, _user_clip, _item_after, _no_grad_block]
+FORMS = [
+    _first,
+    _last,
+    _model_zero_grad,
+    _nothing,
+    _accumulate,
+    _two_losses,
+    _user_clip,
+    _item_after,
+    _no_grad_block,
+]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__[1:])

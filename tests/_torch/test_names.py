@@ -1,0 +1,102 @@
+"""Every private name of torch that fxpass relies on; a failure here says what a new torch changed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+NAMES = """
+torch._dynamo.convert_frame._compile
+torch._dynamo.config.trace_autograd_ops
+torch._dynamo.config.allow_rnn
+torch._dynamo.eval_frame._TorchDynamoContext
+torch._dynamo.eval_frame.OptimizedModule.dynamo_ctx
+torch._dynamo.guards.GuardBuilder.SEQUENCE_LENGTH
+torch._dynamo.guards.install_guard
+torch._dynamo.output_graph.OutputGraph.compile_subgraph
+torch._dynamo.output_graph.OutputGraph._validate_outputs_safe_for_autograd_nodes
+torch._dynamo.output_graph.collect_reachable_grad_fns
+torch._dynamo.side_effects.SideEffects.store_attr
+torch._dynamo.side_effects.SideEffects.is_attribute_mutation
+torch._dynamo.source.AttrSource
+torch._dynamo.source.DictGetItemSource
+torch._dynamo.source.GetItemSource
+torch._dynamo.variables.builder.VariableBuilder._wrap
+torch._dynamo.variables.builder.get_static_address_type
+torch._dynamo.variables.ctx_manager.GradModeVariable.create
+torch._dynamo.variables.functions.UserMethodVariable.call_function
+torch._dynamo.variables.optimizer.OptimizerVariable.call_method
+torch._dynamo.variables.optimizer.OptimizerVariable.var_getattr
+torch._dynamo.variables.tensor.TensorVariable.method_backward
+torch._dynamo.variables.tensor.TensorVariable.method_attr_grad
+torch._dynamo.variables.tensor.TensorVariable._collect_backward_inputs
+torch._dynamo.variables.user_defined.UserDefinedObjectVariable.var_getattr
+torch._dynamo.backends.common.aot_autograd
+torch._functorch._aot_autograd.logging_utils.setup_stacktrace_preservation_hooks
+torch._guards.TracingContext.extract_stack
+torch._inductor.codegen.cpp.CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
+torch._inductor.compile_fx.compile_fx_inner
+torch._inductor.config.max_fusion_buffer_group_pairwise_attempts
+torch._inductor.config.reorder_for_peak_memory
+torch._inductor.decomposition.select_decomp_table
+torch._inductor.fx_passes.joint_graph.joint_graph_passes
+torch._inductor.list_mode_options
+torch.compiler._is_compiling_flag
+torch.fx.traceback.annotate
+torch.fx.traceback.preserve_node_meta
+""".split()
+
+INSTANCE_ATTRIBUTES = {"dynamo_ctx"}  # set in __init__: looked for in the class's annotations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exists(name: str) -> None:
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+            break
+        except ImportError:
+            continue
+    else:
+        pytest.fail(f"torch {torch.__version__} has no module for {name}")
+    for part in parts[cut:]:
+        known = part in getattr(found, "__annotations__", {}) or part in getattr(
+            found, "_opt_mod_attributes", ()
+        )
+        if part in INSTANCE_ATTRIBUTES and known:
+            return
+        assert hasattr(found, part), f"torch {torch.__version__} has no {name}: see fxpass/_torch/"
+        found = getattr(found, part)
+
+
+def test_the_compiler_function_is_the_sixth_argument() -> None:
+    from torch._dynamo import convert_frame
+
+    parameters = list(inspect.signature(inspect.unwrap(convert_frame._compile)).parameters)
+    assert parameters[5] == "compiler_fn"
+
+
+def test_patches_are_gone_after_a_compilation() -> None:
+    from torch._dynamo.variables import builder, optimizer, tensor
+
+    import fxpass
+
+    before = [
+        tensor.TensorVariable.method_backward,
+        optimizer.OptimizerVariable.call_method,
+        builder.VariableBuilder._wrap,
+        torch._dynamo.config.trace_autograd_ops,
+    ]
+    for body in (lambda x: x + 1, lambda x: print(x)):
+        torch.compile(body, backend=fxpass.MixedPrecision(codegen="eager"))(torch.ones(1))
+    after = [
+        tensor.TensorVariable.method_backward,
+        optimizer.OptimizerVariable.call_method,
+        builder.VariableBuilder._wrap,
+        torch._dynamo.config.trace_autograd_ops,
+    ]
+    assert before == after
