@@ -97,7 +97,9 @@ def _patches() -> Iterator[None]:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
         stack.enter_context(dynamo_config.patch(trace_autograd_ops=True, allow_rnn=True))
         patch(tensor.TensorVariable, "method_backward", _backward)
-        patch(tensor.TensorVariable, "method_attr_grad", _own_none(tensor.TensorVariable.method_attr_grad))
+        read_grad = getattr(tensor.TensorVariable, "method_attr_grad", _pending_grad)  # new in 2.12
+        new = _own_none(read_grad)
+        stack.enter_context(mock.patch.object(tensor.TensorVariable, "method_attr_grad", new, create=True))
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
@@ -128,6 +130,12 @@ def _restart_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ---------------------------------------------------------------- backward
+
+
+def _pending_grad(self: Any, tx: Any) -> Any:
+    """torch 2.11: what the frame assigned to ``.grad``, or None to read the real one."""
+    pending = tx.output.side_effects.has_pending_mutation_of_attr(self, "grad")
+    return tx.output.side_effects.load_attr(self, "grad") if pending else None
 
 
 def _own_none(original: Callable[..., Any]) -> Callable[..., Any]:

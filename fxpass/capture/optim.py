@@ -60,7 +60,7 @@ def _refused_group(name: str, number: int, group: dict[str, Any]) -> tuple[str, 
         return f"{name} was built with differentiable=True", "build it with differentiable=False"
     for key, value in group.items():
         values = value if isinstance(value, tuple) else (value,)
-        if key not in ("params", "lr") and any(isinstance(v, Tensor) for v in values):
+        if key not in ("params", "lr", "initial_lr") and any(isinstance(v, Tensor) for v in values):
             found = f"{name} was built with a tensor as {key} (param group {number})"
             return found, "give a Python number; one that changes from step to step is followed all the same"
     return None
@@ -80,10 +80,13 @@ def _refused_attributes(optimizer: Optimizer) -> tuple[str, str] | None:
     own = {} if is_torchs(optimizer) else vars(optimizer)
     for key, value in own.items():
         if key not in ("defaults", "param_groups", "state") and _holds_tensor(value):
-            found = (
-                f"{type(optimizer).__name__} keeps tensors in self.{key}, which a compiled step cannot see"
-            )
-            return found, "keep them in optimizer.state[parameter], and parameters in param_groups alone"
+            found = f"{type(optimizer).__name__} keeps tensors in self.{key}"
+            hint = "keep them in optimizer.state[parameter], and parameters in param_groups alone"
+            return f"{found}, which a compiled step cannot see", hint
+        if isinstance(value, (Optimizer, torch.nn.Module)):
+            found = f"{type(optimizer).__name__} holds another {type(value).__name__} in self.{key}"
+            hint = "step that one in the compiled function, and subclass it rather than wrap it"
+            return f"{found}, whose tensors a compiled step cannot see", hint
     return None
 
 

@@ -163,15 +163,18 @@ def empty_momentum(group: dict[str, Any]) -> float:
     """What stands for SGD's "no buffer yet", the first gradient becoming the buffer.
 
     From zeros the update rule gives just that, unless it dampens: then it is
-    -0.0, which :func:`prime_momentum` tells from any buffer a step has written.
+    -0.0 throughout, which :func:`prime_momentum` tells from any buffer a step has written.
     """
     return 0.0 if group["dampening"] == 0 else -0.0
 
 
 def prime_momentum(buffer: Tensor, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-    """``buffer``, where it is empty such that ``m * buffer + (1 - d) * grad`` is the gradient itself."""
+    """``buffer``; an empty one such that ``m * buffer + (1 - d) * grad`` is the gradient itself.
+
+    Empty is all of it or nothing: single elements of -0.0 occur in buffers that eager filled.
+    """
     grad = (-grad if group["maximize"] else grad) + group["weight_decay"] * param
-    empty = torch.signbit(buffer) & (buffer == 0)
+    empty = (torch.signbit(buffer) & (buffer == 0)).all()
     return torch.where(empty, grad * (group["dampening"] / group["momentum"]), buffer)
 
 

@@ -90,6 +90,7 @@ class _ExtraInputs:
         self.graph = graph
         self.last = placeholders[-1] if placeholders else None
         self.roles = roles
+        self.states: dict[tuple[int, optim_state.StateKey], Node] = {}  # by id of the optimizer
 
     def add(self, role: Role, name: str) -> Node:
         where = self.graph.inserting_after(self.last) if self.last else self.graph.inserting_before(None)
@@ -110,9 +111,13 @@ def _expand_optimizer(
     optimizer = found.live()
     places = [(p.group, p.position) for p in found.params if p.has_grad]
     keys = optim_state.state_keys(optimizer, places)
-    state = [inputs.add(Role.STATE, f"{k.key}[{_param_name(by_name, found, k)}]") for k in keys]
+    fetched = [k for k in keys if (id(optimizer), k) not in inputs.states]  # not by an earlier step()
+    for k in fetched:
+        name = f"{k.key}[{_param_name(by_name, found, k)}]"
+        inputs.states[(id(optimizer), k)] = inputs.add(Role.STATE, name)
+    state = [inputs.states[(id(optimizer), k)] for k in keys]
     lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
-    event = Event(found.live, places, keys, len(lr), found.where, found.dynamic)
+    event = Event(found.live, places, fetched, len(lr), found.where, found.dynamic)
     first = len(captured.update_slots)
     captured.update_slots += [(index, n.name) for n in (*params, *state)]
     captured.parameters += [n for n in params if n not in captured.parameters]

@@ -31,7 +31,7 @@ torch._dynamo.variables.functions.UserMethodVariable.call_function
 torch._dynamo.variables.optimizer.OptimizerVariable.call_method
 torch._dynamo.variables.optimizer.OptimizerVariable.var_getattr
 torch._dynamo.variables.tensor.TensorVariable.method_backward
-torch._dynamo.variables.tensor.TensorVariable.method_attr_grad
+torch._dynamo.side_effects.SideEffects.has_pending_mutation_of_attr
 torch._dynamo.variables.tensor.TensorVariable._collect_backward_inputs
 torch._dynamo.variables.user_defined.UserDefinedObjectVariable.var_getattr
 torch._dynamo.backends.common.aot_autograd
