@@ -79,6 +79,8 @@ def compile_frame(
     for event in record.events:
         optim.check(event.live(), event.where)
     checks.check_frame(gm, record, state.last_break)
+    if not checks.computes(gm):
+        return gm.forward
     undo: list[Callable[[], None]] = []
     try:
         for event in record.events:

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.compiler
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
@@ -44,8 +45,11 @@ def trace(
         keep_inference_input_mutations=True,
     )
     fake_mode = TracingContext.get().fake_mode
+    # torch.utils.checkpoint: capture/checkpoint.py recomputes, for several backward() and random numbers too
+    own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False)
     assert fake_mode is not None, "Dynamo traces under a fake mode"
-    return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
+    with own:
+        return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
 
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

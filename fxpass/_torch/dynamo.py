@@ -233,12 +233,19 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_subgraph(self: Any, tx: Any, reason: Any, *args: Any, **kwargs: Any) -> Any:
         record = record_of_frame()
         if getattr(reason, "graph_break", True) and reason.user_stack:
-            record.break_reason = str(reason.reason).strip()
+            record.break_reason = _what_broke(str(reason.reason))
             record.break_where = user_line(reason.user_stack)
         _take_over_grads(self.side_effects, record)
         return original(self, tx, reason, *args, **kwargs)
 
     return compile_subgraph
+
+
+def _what_broke(reason: str) -> str:
+    """Dynamo's message without its advice, which is about graph breaks in general."""
+    lines = [line.strip() for line in reason.strip().splitlines()]
+    wanted = [n for n in lines if n and not n.startswith(("Hint:", "Developer debug", "For more details"))]
+    return " ".join(wanted)
 
 
 def _take_over_grads(side_effects: Any, record: FrameRecord) -> None:

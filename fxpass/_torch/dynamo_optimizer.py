@@ -115,14 +115,20 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | Non
 
     A float that changed once (a momentum cycled by OneCycleLR) is a symbolic
     float from the second compilation on; ``lr`` is read anew at every call.
+    What the step itself has set (``group["lr"] = lr``) reaches the object only
+    after the graph has run: that value is used, be it a number.
     """
     groups = AttrSource(self.source, "param_groups")
     found: list[tuple[tuple[int, str, int | None], Any]] = []
     for g, group in enumerate(self.value.param_groups):
         source = GetItemSource(groups, g)
+        written = _written_settings(tx, group, source)
+        found += [((g, key, None), value) for key, value in written.items()]
         for key in self.value.defaults:
             value = group.get(key)
-            if key in ("params", "lr") or not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            if key in written or key in ("params", "lr"):
+                continue
+            if not isinstance(value, (bool, int, float, str, tuple, type(None))):
                 continue
             at = DictGetItemSource(source, key)
             items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
@@ -132,7 +138,24 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | Non
                 item_source = at if position is None else GetItemSource(at, position)
                 variable = VariableTracker.build(tx, item, item_source).realize()
                 if not variable.is_python_constant():
+                    # a guard, for the optimizer's Python branches on it: "if weight_decay != 0"
+                    bool(variable.as_proxy().node.meta["example_value"] != 0)
                     found.append(((g, key, position), variable.as_proxy()))
+    return found
+
+
+def _written_settings(tx: Any, group: dict[str, Any], source: Any) -> dict[str, Any]:
+    """The settings of ``group`` that the frame has changed so far: graph values or Python numbers."""
+    variable = tx.output.side_effects.id_to_variable.get(id(group))
+    if variable is None or not tx.output.side_effects.is_modified(variable):
+        return {}
+    found = {}
+    for key in group.keys() - {"params"}:
+        value = variable.call_method(tx, "__getitem__", [ConstantVariable.create(key)], {})
+        if value.source == DictGetItemSource(source, key):
+            continue
+        value = value.realize()
+        found[key] = value.as_python_constant() if value.is_python_constant() else value.as_proxy()
     return found
 
 

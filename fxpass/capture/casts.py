@@ -15,7 +15,7 @@ _SAME_STORAGE = frozenset(
     "view reshape transpose permute t squeeze unsqueeze flatten unflatten expand select narrow chunk split "
     "unbind detach getitem".split()
 )
-_WRITES = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split())
+WRITES = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split())
 
 
 def spell_out_casts(graph: Graph) -> None:
@@ -46,7 +46,7 @@ def _changed_in_place(node: Node) -> bool:
     """Whether a method, an operator (``+=``) or an ``out=`` writes to the value or to a view of it."""
     for user in node.users:
         name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name in _WRITES or (name.endswith("_") and not name.startswith("_")) or "out" in user.kwargs:
+        if name in WRITES or (name.endswith("_") and not name.startswith("_")) or "out" in user.kwargs:
             return True
         if name in _SAME_STORAGE and _changed_in_place(user):
             return True

@@ -41,7 +41,10 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
     for event in record.events:
         with_grad = [p for p in event.params if p.has_grad]
         if not record.leaf_grads or not with_grad:
-            hint = "compile the whole step: forward, loss.backward() and optimizer.step() in one function"
+            hint = (
+                "compile the whole step: forward, loss.backward() and optimizer.step() in one function; "
+                "gradients of torch.autograd.grad are not scaled and do not count"
+            )
             raise CaptureError(
                 f"optimizer.step() finds no gradient of the compiled function; {broke} optimizer.step()"
                 if reason
@@ -64,6 +67,11 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
         hint = "detach it before it leaves the step"
         found = f"output {escaping[0]} requires grad, but no backward() of the step went through it"
         raise CaptureError(found, where=record.backwards[-1], hint=hint)
+
+
+def computes(gm: GraphModule) -> bool:
+    """Whether there is anything to compile: what follows a print() after the step is often a detach alone."""
+    return any(n.op.startswith("call") and n.target != "detach" for n in gm.graph.nodes)
 
 
 def _break_hint(reason: str, otherwise: str) -> str:

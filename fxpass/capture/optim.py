@@ -118,7 +118,7 @@ class StepTensors:
     grads: list[Tensor]
     state: dict[StateKey, Tensor]
     lr: list[Tensor]  # one 0-d float64 per param group
-    dynamic: list[tuple[tuple[int, str, int | None], Tensor]]  # settings that are tensors
+    dynamic: list[tuple[tuple[int, str, int | None], Any]]  # settings that are tensors, or set by the step
 
 
 def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, where: str) -> list[Comparison]:
@@ -160,7 +160,7 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
     groups = []
     for g, group in enumerate(optimizer.param_groups):
         traced = {**copied(group), "params": []}
-        if "lr" in group:
+        if group.get("lr") is not None:  # None: the optimizer finds its own
             traced["lr"] = tensors.lr[g]
         # a foreach list keeps all of its gradients alive; capturable maths never asks the host
         traced.update({k: v for k, v in (("foreach", False), ("capturable", True)) if k in group})
@@ -206,7 +206,8 @@ def _setting(optimizer: Optimizer, at: Setting) -> Any:
 
 def _settings(optimizer: Optimizer, tensors: StepTensors) -> list[tuple[Setting, Tensor, float]]:
     lrs = [((g, "lr", None), tensor) for g, tensor in enumerate(tensors.lr)]
-    known = [(at, tensor, _setting(optimizer, at)) for at, tensor in (*tensors.dynamic, *lrs)]
+    dynamic = [(at, value) for at, value in tensors.dynamic if isinstance(value, Tensor)]
+    known = [(at, tensor, _setting(optimizer, at)) for at, tensor in (*dynamic, *lrs)]
     return [(at, tensor, value) for at, tensor, value in known if isinstance(value, (int, float))]
 
 
@@ -262,25 +263,30 @@ def _hidden_changes(optimizer: Optimizer, traced: Any, groups: list[dict[str, An
     """Which attribute or setting the step changed, in words; empty if none. ``groups``: as before."""
     for name in vars(traced).keys() | vars(optimizer).keys():
         if name not in ("state", "param_groups", "step"):
-            if not _unchanged(vars(traced).get(name), vars(optimizer).get(name)):
+            if not _unchanged(vars(traced).get(name), vars(optimizer).get(name), {id(traced)}):
                 return f"changes self.{name}"
     for now, then in zip(traced.param_groups, groups, strict=True):
         for key in now.keys() | then.keys():
-            if key != "params" and not _unchanged(now.get(key), then.get(key)):
+            if key != "params" and not _unchanged(now.get(key), then.get(key), set()):
                 return f"changes param_groups[...][{key!r}]"
     return ""
 
 
-def _unchanged(now: Any, then: Any) -> bool:
-    if now is then:
+def _unchanged(now: Any, then: Any, seen: set[int]) -> bool:
+    """Whether a deep copy still equals its original; ``seen``: objects compared already, by id."""
+    if now is then or id(now) in seen:
         return True
     if type(now) is not type(then) or isinstance(now, Tensor):
         return False
+    seen.add(id(now))
     if isinstance(now, dict):
-        return now.keys() == then.keys() and all(_unchanged(v, then[k]) for k, v in now.items())
+        return now.keys() == then.keys() and all(_unchanged(v, then[k], seen) for k, v in now.items())
     if isinstance(now, (list, tuple)):
-        return len(now) == len(then) and all(map(_unchanged, now, then))
-    return bool(now == then)
+        return len(now) == len(then) and all(_unchanged(a, b, seen) for a, b in zip(now, then, strict=True))
+    if isinstance(now, (bool, int, float, complex, str, bytes, set, frozenset)):
+        return bool(now == then)
+    # what pickle would store tells two objects apart that know no equality
+    return bool(now == then) or _unchanged(now.__reduce_ex__(4), then.__reduce_ex__(4), seen)
 
 
 def check_comparisons(optimizer: Optimizer, comparisons: Sequence[Comparison], where: str) -> None:

@@ -54,12 +54,18 @@ def is_torchs(optimizer: Optimizer) -> bool:
     return all((getattr(m, "__module__", "") or "").startswith("torch.optim.") for m in methods)
 
 
-def stand_in(optimizer: Optimizer, groups: list[dict[str, Any]], state: Any, *, clone: bool = False) -> Any:
-    """An optimizer of the same class, with other groups and state and a copy of its attributes."""
+def stand_in(optimizer: Optimizer, groups: list[dict[str, Any]], state: Any) -> Any:
+    """An optimizer of the same class, with other groups and state and a deep copy of its attributes."""
     other = object.__new__(type(optimizer))
+    shared = [*optimizer.defaults.values(), *(p for g in optimizer.param_groups for p in g["params"])]
+    memo: dict[int, Any] = {id(value): value for value in shared if isinstance(value, Tensor)}
+    memo[id(optimizer)] = other
     for name, value in vars(optimizer).items():
         if name not in ("param_groups", "state", "step"):  # step: an LR scheduler's wrapper
-            other.__dict__[name] = copied(value, clone=clone)
+            try:
+                other.__dict__[name] = copy.deepcopy(value, memo)
+            except Exception:  # a lock, a file: no state of an optimizer
+                other.__dict__[name] = value
     other.__dict__.update(param_groups=groups, state=state)
     return other
 
@@ -195,6 +201,11 @@ class _FirstValues(dict[str, Any]):
             self.first[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         super().__setitem__(key, value)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        if key not in self and default is not None:
+            self.first.setdefault(key, copy.deepcopy(default))
+        return super().get(key, default)
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         if key not in self:
             self[key] = default
@@ -206,39 +217,57 @@ class _FirstValues(dict[str, Any]):
 
 
 def _initial_state_of_user(optimizer: Optimizer, group: int, param: Tensor, where: str) -> dict[str, Any]:
-    seen = [_first_values(optimizer, group, param, fill) for fill in (0.0, 1.0)]
-    for key, value in seen[0].items():
-        other = seen[1].get(key)
-        if not _equal(value, other):
+    name = type(optimizer).__name__
+    runs = [_try_step(optimizer, group, param, fill, {}) for fill in (0.0, 1.0)]
+    first = runs[0].state.first
+    for key, value in first.items():
+        if not _equal(value, runs[1].state.first.get(key)):
             hint = f"initialise state[{key!r}] (with zeros, say) before the first gradient enters it"
-            found = f"{type(optimizer).__name__} creates state[{key!r}] from the gradient itself"
+            found = f"{name} creates state[{key!r}] from the gradient itself"
             raise OptimizerError(found, where=where, hint=hint)
-    return seen[0]
+    again = _try_step(optimizer, group, param, 1.0, copy.deepcopy(first))
+    for what, value in {**again.state, "the parameter": again.param}.items():
+        if not _equal(value, {**runs[1].state, "the parameter": runs[1].param}.get(what)):
+            hint = "let the first step make its state (zeros, say) and then do what every later step does"
+            found = f"{name}.step() takes its first step differently from the others: {what} differs"
+            raise OptimizerError(found, where=where, hint=hint)
+    return first
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b or (a != a and b != b))
 
 
-def _first_values(optimizer: Optimizer, group: int, param: Tensor, fill: float) -> dict[str, Any]:
+@dataclass
+class _Trial:
+    """A parameter and its state after one step on a clone."""
+
+    param: Tensor
+    state: _FirstValues
+
+
+def _try_step(optimizer: Optimizer, group: int, param: Tensor, fill: float, start: dict[str, Any]) -> _Trial:
+    """One step of a clone of one parameter, its gradient full of ``fill``, from the state ``start``."""
     proxy = param.detach().clone()
     proxy.grad = torch.full_like(proxy, fill)
     groups = [{**g, "params": [proxy] if i == group else []} for i, g in enumerate(optimizer.param_groups)]
     state: defaultdict[Any, _FirstValues] = defaultdict(_FirstValues)
-    other = stand_in(optimizer, groups, state, clone=True)
-    with torch.no_grad():
+    if start:
+        state[proxy].update(start)
+    other = stand_in(optimizer, groups, state)
+    with torch.no_grad(), torch.random.fork_rng([param.device] if param.is_cuda else []):
         undecorated(type(optimizer).step)(other)
-    return state[proxy].first if proxy in state else {}
+    made = state.get(proxy, _FirstValues())
+    made.first = {key: value for key, value in made.first.items() if key in made}
+    return _Trial(proxy, made)
 
 
-def copied(value: Any, *, clone: bool = False) -> Any:
-    """A copy of nested lists, dicts and tuples; what they hold is shared, or cloned if it is a tensor."""
+def copied(value: Any) -> Any:
+    """A copy of nested lists, dicts and tuples; what they hold is shared."""
     if type(value) in (dict, defaultdict):
         new = copy.copy(value)
-        new.update({k: copied(v, clone=clone) for k, v in value.items()})
+        new.update({k: copied(v) for k, v in value.items()})
         return new
-    if type(value) in (list, tuple):
-        return type(value)(copied(v, clone=clone) for v in value)
-    return value.detach().clone() if clone and isinstance(value, Tensor) else value
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value

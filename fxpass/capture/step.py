@@ -23,7 +23,9 @@ from ..ir.graph import Phase, Role, StepGraph, Update
 from ..ir.marks import GRAD, MARK
 from . import optim, optim_state
 from .casts import spell_out_casts
+from .checkpoint import recompute_checkpoints
 from .scalars import Comparison
+from .writes import hide_writes
 
 
 @dataclass
@@ -78,6 +80,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    hide_writes(graph)
     graph.lint()
     new_gm.recompile()
     return captured
@@ -96,7 +99,7 @@ class _ExtraInputs:
         where = self.graph.inserting_after(self.last) if self.last else self.graph.inserting_before(None)
         with where:
             node = self.graph.placeholder(f"fxpass_{len(self.roles)}")
-        node._dynamo_source = None  # type: ignore[attr-defined] - not an input of Dynamo's
+        vars(node)["_dynamo_source"] = None  # not an input of Dynamo's
         self.last = node
         self.roles.append((role, name))
         return node
@@ -133,11 +136,11 @@ def _expand_optimizer(
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device
-    numbers = [_as_tensor(node, number, device) for number in dynamic]
+    numbers = [_as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, lr, numbers)
 
 
-def _as_tensor(before: Node, number: Any, device: torch.device) -> Node:
+def _as_tensor(before: Node, number: Node, device: torch.device) -> Node:
     """A symbolic float as a 0-d float64 tensor.
 
     By a multiplication, since AOTAutograd replaces only arithmetic with symbolic
@@ -189,6 +192,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
     """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
+    recompute_checkpoints(gm.graph)
     step = StepGraph(gm, outputs=captured.outputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     dynamo = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]

@@ -41,7 +41,7 @@ class OptimizerBinding:
         return [state.get(groups[g]["params"][p], {}).get(key) for g, p, key in self.state]
 
     def _learning_rates(self, groups: list[dict[str, Any]], device: torch.device) -> list[Tensor]:
-        values = [group.get("lr", 0.0) for group in groups]
+        values = [0.0 if group.get("lr") is None else group["lr"] for group in groups]
         if not self.lr:
             self.lr = [torch.zeros((), dtype=torch.float64, device=device) for _ in values]
             self.lr_values = [float("nan")] * len(values)
@@ -88,7 +88,7 @@ class CompiledStep:
 
     def _place_grads(self, args: Sequence[Any], grads: Sequence[Tensor]) -> None:
         for position, grad in zip(self.kept, grads, strict=True):
-            args[position].grad = grad
+            args[position].grad = _as_eager(grad, args[position])
         for binding, group, position in self.cleared:
             self.bindings[binding].optimizer().param_groups[group]["params"][position].grad = None
         if self.drop_grads:
@@ -97,3 +97,10 @@ class CompiledStep:
                     for param in group["params"]:
                         if param.grad is not None:
                             param.grad = None
+
+
+def _as_eager(grad: Tensor, param: Tensor) -> Tensor:
+    """``grad`` as autograd would leave it: no view, and laid out like its parameter."""
+    if grad.stride() != param.stride():
+        return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+    return grad.data
