@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,17 @@ def agree(ours: nn.Module, theirs: nn.Module, our_opt: Optimizer, their_opt: Opt
     same(our_opt.state_dict()["state"], their_opt.state_dict()["state"], "state")
 
 
+def _tensors(opt: Optimizer) -> list[Tensor]:
+    return [value for state in opt.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def relative(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Each tensor to 1e-5 of its own norm: second moments are far below ``same``'s absolute tolerance."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype is b.dtype
+        assert (a - b).double().norm() <= 1e-5 * b.double().norm()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_equal_eager(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -106,6 +118,7 @@ def test_twenty_steps_equal_eager(name: str) -> None:
         x = torch.randn(6, 4)
         same(step(x), eager(x), "loss")
     agree(ours, theirs, our_opt, their_opt)
+    relative([*ours.parameters(), *_tensors(our_opt)], [*theirs.parameters(), *_tensors(their_opt)])
     assert len(mp.graphs) == 1
     for _ in range(2):  # the user goes on without fxpass
         x = torch.randn(6, 4)
@@ -163,14 +176,20 @@ def test_muon() -> None:
     torch.manual_seed(0)
     theirs = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
     ours = copy.deepcopy(theirs)
-    steps = []
+    steps, opts = [], []
     for model in (ours, theirs):
-        steps.append(make_step(model, O.Muon(model.parameters(), lr=1e-2)))
+        opts.append(O.Muon(model.parameters(), lr=1e-2))
+        steps.append(make_step(model, opts[-1]))
     step = torch.compile(steps[0], backend=MixedPrecision(dtype="float32", codegen="eager"))
-    for _ in range(20):
+    for index in range(20):
+        if index in (0, 5):
+            before = clone(dict(ours.named_parameters()))
+            step(torch.full((6, 4), float("inf")))
+            same(dict(ours.named_parameters()), before, "parameters", exact=True)
         x = torch.randn(6, 4)
         same(step(x), steps[1](x), "loss")
-    same(dict(ours.named_parameters()), dict(theirs.named_parameters()), "parameters")
+    agree(ours, theirs, *opts)
+    relative([*ours.parameters(), *_tensors(opts[0])], [*theirs.parameters(), *_tensors(opts[1])])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -275,6 +294,40 @@ def test_two_optimizers_over_disjoint_parameters() -> None:
     for a, b in zip(*opts, strict=True):
         agree(ours, theirs, a, b)
     assert len(mp.graphs) == 1
+
+
+def test_one_optimizer_steps_twice_in_a_step() -> None:
+    torch.manual_seed(0)
+    theirs = Net()
+    ours = copy.deepcopy(theirs)
+    opts = [O.AdamW(model.parameters(), lr=1e-2) for model in (ours, theirs)]
+    inner = [make_step(model, opt) for model, opt in zip((ours, theirs), opts, strict=True)]
+    twice = [lambda x, y, step=step: (step(x), step(y)) for step in inner]
+    step = torch.compile(twice[0], backend=MixedPrecision(dtype="float32", codegen="eager"))
+    for index in range(4):
+        x, y = torch.randn(2, 6, 4)
+        if index in (0, 2):  # the second half overflows: the whole step is skipped
+            before = clone([dict(ours.named_parameters()), opts[0].state_dict()["state"]])
+            step(x, y / 0)
+            after = [dict(ours.named_parameters()), opts[0].state_dict()["state"]]
+            same(after[0], before[0], "parameters", exact=True)
+            if index:
+                same(after[1], before[1], "state", exact=True)
+        same(step(x, y), twice[1](x, y), "losses")
+    agree(ours, theirs, *opts)
+
+
+def test_dampened_momentum_that_eager_left_at_minus_zero() -> None:
+    ours, theirs, our_opt, their_opt, step, eager, _ = pair(CASES["sgd dampening"])
+    x = torch.randn(6, 4)
+    same(make_step(ours, our_opt)(x), eager(x), "loss")
+    for opt in (our_opt, their_opt):
+        for state in opt.state.values():
+            state["momentum_buffer"].view(-1)[0] = -0.0
+    for _ in range(3):
+        x = torch.randn(6, 4)
+        same(step(x), eager(x), "loss")
+    agree(ours, theirs, our_opt, their_opt)
 
 
 # ---------------------------------------------------------------- optimizers of the user's own
@@ -383,7 +436,25 @@ class Named(O.SGD):
     """Torch's step under another name."""
 
 
-@pytest.mark.parametrize("make", [OwnAdam, OwnSGD, Halved, lambda p: Named(p, lr=0.1, momentum=0.9)])
+class Normed(Optimizer):
+    """State that ``get`` defaults, read values as numbers, one norm over all gradients, no lr."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": None})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack(torch._foreach_norm([p.grad for p in params])).norm()
+        for p in params:
+            state = self.state[p]
+            state["n"] = state.get("n", 0) + 1
+            state["seen"] = state.get("seen", 0.0) + p.grad.norm().item()
+            rate = min(0.9, (1 + state["n"]) / (10 + state["n"])) / (1 + state["seen"])
+            p.sub_(p.grad / (norm + 1e-6) * rate)
+
+
+@pytest.mark.parametrize("make", [OwnAdam, OwnSGD, Halved, Normed, lambda p: Named(p, lr=0.1, momentum=0.9)])
 def test_optimizers_of_the_users_own(make: Make) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(make)
     for index in range(22):
@@ -450,6 +521,47 @@ class Listing(Lion):
         self.log.append(1)
 
 
+class Tallying(Lion):
+    """Counts in an object of its own."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.tally = SimpleNamespace(inner=Tally())
+
+    def step(self) -> None:
+        self.tally.inner.count += 1
+        super().step()
+
+
+class Tally:
+    count = 0
+
+
+class Starting(Lion):
+    """Counts its first step when it makes the state."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if "n" in state:
+                state["n"] += 1
+            else:
+                state["n"] = 1
+            p.sub_(p.grad / state["n"])
+
+
+class Wrapping(Optimizer):
+    """Leaves the step to another optimizer."""
+
+    def __init__(self, params: Any) -> None:
+        self.inner = O.SGD(params, lr=0.1)
+        super().__init__(self.inner.param_groups, {})
+
+    def step(self) -> None:
+        self.inner.step()
+
+
 class Sharing(Lion):
     """Keeps state that belongs to no parameter."""
 
@@ -466,6 +578,9 @@ class Sharing(Lion):
         (Flagging, r"changes state\['first'\]"),
         (Grouping, r"changes param_groups\[\.\.\.\]\['n'\]"),
         (Listing, r"changes self\.log"),
+        (Tallying, r"changes self\.tally"),
+        (Starting, r"takes its first step differently from the others: n differs"),
+        (Wrapping, r"holds another SGD in self\.inner"),
         (Sharing, "keeps state under 'all'"),
         (lambda p: O.AdamW(p, fused=True), "fused=True"),
         (lambda p: O.LBFGS(p), "LBFGS"),
@@ -484,6 +599,7 @@ def test_what_cannot_be_traced_is_an_error_that_changes_nothing(make: Make, mess
     assert not opt.state
     assert "While executing" not in str(error.value)
     assert not getattr(opt, "log", [])
+    assert not opt.tally.inner.count if isinstance(opt, Tallying) else True
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
