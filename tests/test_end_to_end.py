@@ -18,6 +18,7 @@ import fxpass
 from bench.measure import peak_of_call
 from bench.models import GPT, GPTConfig
 
+INIT_SCALE = 2.0**10  # no overflow on either side: a skipped step would set the losses one step apart
 SMALL = GPTConfig(width=64, layers=2, heads=2, vocab=512, context=64)
 
 
@@ -36,7 +37,7 @@ def make_step(model: nn.Module, lr: float = 1e-3) -> Callable[[Tensor, Tensor], 
 
 def amp_step(model: nn.Module, lr: float = 1e-3, max_norm: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
     opt = torch.optim.AdamW(model.parameters(), lr=lr)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         opt.zero_grad()
@@ -60,7 +61,9 @@ def batch(rows: int = 2, length: int = 16) -> tuple[Tensor, Tensor]:
 def test_losses_follow_torch_amp_with_less_transient_memory() -> None:
     theirs = GPT(GPTConfig(width=128, layers=2, heads=2, vocab=512, context=64))
     ours = copy.deepcopy(theirs)
-    step = torch.compile(make_step(ours), backend="mixedprec", options={"max_norm": 1.0})
+    scale = fxpass.DynamicLossScale(init_scale=INIT_SCALE)
+    options: dict[str, Any] = {"max_norm": 1.0, "loss_scale": scale}
+    step = torch.compile(make_step(ours), backend="mixedprec", options=options)
     eager = amp_step(theirs)
     data = [batch() for _ in range(4)]
     for index in range(30):

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import GRAD, MARK
 from .base import GraphPass
 
@@ -112,6 +112,8 @@ def _stored_as(node: Node) -> tuple[Node | None, Node | None]:
         if len(others) != 1 or len(others[0].users) != 1:
             return None, None
         base, user = others[0], _only_user(user)
+        if base.target is aten._to_copy.default and len(source(base).users) == 1:
+            base = source(base)  # cast up for the addition alone
     if user is None or user.target is not aten._to_copy.default:
         return None, None
     stored = _only_user(user)
