@@ -40,7 +40,6 @@ def amp_step(model: nn.Module, lr: float = 1e-3, max_norm: float = 1.0) -> Calla
     scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        opt.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
             loss = model(x, y)
         scaler.scale(loss).backward()
@@ -48,6 +47,7 @@ def amp_step(model: nn.Module, lr: float = 1e-3, max_norm: float = 1.0) -> Calla
         nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(opt)
         scaler.update()
+        opt.zero_grad()  # last, so that a step's own gradients count as its memory
         return loss
 
     return step
