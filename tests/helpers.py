@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config  # noqa: TID251 - compared before and after
 from torch import Tensor, nn
 
 import fxpass
 
-FP32 = {"dtype": "float32", "codegen": "eager"}  # op by op, without casts: compared with eager to 1e-5
+FP32: dict[str, Any] = {
+    "dtype": "float32",
+    "codegen": "eager",
+}  # op by op, without casts: compared with eager to 1e-5
 
 
 class Mlp(nn.Module):
@@ -137,3 +141,8 @@ def same(actual: Any, expected: Any, what: str, *, exact: bool = False) -> None:
 def tensors_of(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among ``values``."""
     return [v for v in values if isinstance(v, Tensor)]
+
+
+def dynamo_settings() -> object:
+    """Every setting of Dynamo, to see that a compilation left them alone."""
+    return dynamo_config.save_config()

@@ -48,7 +48,8 @@ def trace(
     # torch.utils.checkpoint: capture/checkpoint.py recomputes, for several backward() and random numbers too
     own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False)
     assert fake_mode is not None, "Dynamo traces under a fake mode"
-    with own:
+    # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
+    with own, torch.backends.mkldnn.flags(enabled=False):
         return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
 
 

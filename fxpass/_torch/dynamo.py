@@ -72,6 +72,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             ours = record.error or _fxpass_cause(error)
             if ours is None:
+                _note_failure(record, error)
                 raise
             raise ours.with_traceback(None) from None
         finally:
@@ -81,6 +82,12 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
     vars(_compile)["_fxpass"] = True
     return _compile
+
+
+def _note_failure(record: FrameRecord, error: Exception) -> None:
+    """Dynamo gave the frame up, in a loop for instance: it runs uncompiled, the functions it calls do not."""
+    if not record.break_reason and (stack := getattr(error, "real_stack", None)):
+        record.break_reason, record.break_where = _what_broke(str(error)), user_line(stack)
 
 
 def _fxpass_cause(error: BaseException) -> FxpassError | None:
@@ -97,9 +104,7 @@ def _patches() -> Iterator[None]:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
         stack.enter_context(dynamo_config.patch(trace_autograd_ops=True, allow_rnn=True))
         patch(tensor.TensorVariable, "method_backward", _backward)
-        read_grad = getattr(tensor.TensorVariable, "method_attr_grad", _pending_grad)  # new in 2.12
-        new = _own_none(read_grad)
-        stack.enter_context(mock.patch.object(tensor.TensorVariable, "method_attr_grad", new, create=True))
+        patch(tensor.TensorVariable, "var_getattr", _grad_hook(tensor.TensorVariable.var_getattr))
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
@@ -132,24 +137,21 @@ def _restart_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 # ---------------------------------------------------------------- backward
 
 
-def _pending_grad(self: Any, tx: Any) -> Any:
-    """torch 2.11: what the frame assigned to ``.grad``, or None to read the real one."""
-    pending = tx.output.side_effects.has_pending_mutation_of_attr(self, "grad")
-    return tx.output.side_effects.load_attr(self, "grad") if pending else None
+def _grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``.grad`` that the frame has assigned is that value, and has no source.
 
+    Dynamo writes the source of an attribute it read into the variable it found.
+    A gradient would be fetched from the parameter after the step, where it may
+    be gone. And None is one object for the whole process: any None of a later
+    frame, of any backend, would be loaded from this parameter's .grad.
+    """
 
-def _own_none(original: Callable[..., Any]) -> Callable[..., Any]:
-    def method_attr_grad(self: Any, tx: Any) -> Any:
-        """``.grad`` that is None gets a None of its own.
+    def var_getattr(self: Any, tx: Any, name: str) -> Any:
+        if name == "grad" and tx.output.side_effects.has_pending_mutation_of_attr(self, "grad"):
+            return tx.output.side_effects.load_attr(self, "grad")
+        return original(self, tx, name)
 
-        Dynamo writes the source of an attribute it read into the variable it
-        found. For None that is one object for the whole process: any None of a
-        later frame, of any backend, would be loaded from this parameter's .grad.
-        """
-        grad = original(self, tx)
-        return ConstantVariable(None) if grad is not None and is_none(grad) else grad
-
-    return method_attr_grad
+    return var_getattr
 
 
 def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:
@@ -243,9 +245,12 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _what_broke(reason: str) -> str:
     """Dynamo's message without its advice, which is about graph breaks in general."""
-    lines = [line.strip() for line in reason.strip().splitlines()]
-    wanted = [n for n in lines if n and not n.startswith(("Hint:", "Developer debug", "For more details"))]
-    return " ".join(wanted)
+    wanted = []
+    for line in (line.strip() for line in reason.strip().splitlines()):
+        if line.startswith(("Hint:", "Developer debug", "***", "from user code", "For more details")):
+            break
+        wanted.append(line.removeprefix("Explanation: "))
+    return ". ".join(line.rstrip(".") for line in wanted if line)
 
 
 def _take_over_grads(side_effects: Any, record: FrameRecord) -> None:

@@ -23,18 +23,15 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
     reason, where = record.break_reason, record.break_where
     if not reason and last_break is not None:
         reason, where = last_break
-    broke = f"the graph broke before: {reason}" if reason else "the compiled function ends before"
-
     _refuse_sparse(gm)
+    if record.backwards and not record.leaf_grads:
+        found = "backward() reached no parameter: nothing in the loss requires grad"
+        hint = "check requires_grad of the model's parameters"
+        raise CaptureError(found, where=record.backwards[0], hint=hint)
     if record.backwards and not record.events:
-        if not record.leaf_grads:
-            found = "backward() reached no parameter: nothing in the loss requires grad"
-            raise CaptureError(
-                found, where=record.backwards[0], hint="check requires_grad of the model's parameters"
-            )
         hint = "call optimizer.step() in the compiled function, with any accumulation loop inside it"
         raise CaptureError(
-            f"gradients leave the graph without an optimizer step; {broke} optimizer.step()",
+            f"gradients leave the graph without an optimizer step; {_ends(reason, 'optimizer.step()')}",
             where=where or record.backwards[-1],
             hint=_break_hint(reason, hint),
         )
@@ -46,7 +43,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
                 "gradients of torch.autograd.grad are not scaled and do not count"
             )
             raise CaptureError(
-                f"optimizer.step() finds no gradient of the compiled function; {broke} optimizer.step()"
+                f"optimizer.step() finds no gradient of the compiled function; {_ends(reason, 'it')}"
                 if reason
                 else "optimizer.step() finds no gradient computed in the compiled function",
                 where=where or event.where,
@@ -59,7 +56,8 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
             "optimizer.step(); for evaluation, call it under torch.no_grad()"
         )
         raise CaptureError(
-            f"the graph's outputs still need a backward ({', '.join(escaping[:3])}); {broke} backward()",
+            f"the graph's outputs still need a backward ({', '.join(escaping[:3])}); "
+            f"{_ends(reason, 'backward()')}",
             where=where,
             hint=_break_hint(reason, hint),
         )
@@ -72,6 +70,14 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
 def computes(gm: GraphModule) -> bool:
     """Whether there is anything to compile: what follows a print() after the step is often a detach alone."""
     return any(n.op.startswith("call") and n.target != "detach" for n in gm.graph.nodes)
+
+
+def _ends(reason: str, before: str) -> str:
+    return (
+        f"the graph broke before {before}: {reason}"
+        if reason
+        else f"the compiled function ends before {before}"
+    )
 
 
 def _break_hint(reason: str, otherwise: str) -> str:

@@ -20,7 +20,7 @@ from torch.fx.traceback import annotate
 from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Phase, Role, StepGraph, Update
-from ..ir.marks import GRAD, MARK
+from ..ir.marks import GRAD, MARK, SEED
 from . import optim, optim_state
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
@@ -192,6 +192,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
     """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
+    _mark_backward(gm.graph)
     recompute_checkpoints(gm.graph)
     step = StepGraph(gm, outputs=captured.outputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -215,6 +216,16 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         step.updates.append(Update(index, event, by_name[name]))
     _set_phases(step)
     return step
+
+
+def _mark_backward(graph: Graph) -> None:
+    """What was traced between a seed and the first gradient is backward; torch 2.11 does not say so."""
+    inside = False
+    for node in graph.nodes:
+        if node.target is MARK and node.args[1] in (SEED, GRAD):
+            inside = node.args[1] == SEED
+        elif inside:
+            node.meta["autograd_backward"] = True
 
 
 def _set_phases(step: StepGraph) -> None:

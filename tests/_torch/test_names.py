@@ -33,6 +33,8 @@ torch._dynamo.variables.optimizer.OptimizerVariable.var_getattr
 torch._dynamo.variables.tensor.TensorVariable.method_backward
 torch._dynamo.side_effects.SideEffects.has_pending_mutation_of_attr
 torch._dynamo.variables.tensor.TensorVariable._collect_backward_inputs
+torch._dynamo.variables.tensor.TensorVariable.var_getattr
+torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph
 torch._dynamo.variables.user_defined.UserDefinedObjectVariable.var_getattr
 torch._dynamo.backends.common.aot_autograd
 torch._functorch._aot_autograd.logging_utils.setup_stacktrace_preservation_hooks
