@@ -19,29 +19,20 @@ from . import _torch
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
+from .ir.graph import StepGraph
 from .ir.text import to_text
 from .lower.compile import lower
 from .options import Options
 from .passes import passes_for
-from .passes.pipeline import PassRecord, run_pipeline
+from .passes.pipeline import run_pipeline
+from .record import GraphRecord
 from .runtime.scale import DynamicLossScale
 from .runtime.state import NONFINITE, ScalerState
 from .runtime.step import CompiledStep, OptimizerBinding
 
 
-@dataclass
-class GraphRecord:
-    """One compiled graph: text before and after the passes, and what each pass did."""
-
-    before: str
-    after: str
-    passes: list[PassRecord]
-    unreached: dict[str, str]  # trainable parameter -> why it is not updated
-    seconds: dict[str, float]  # compile time by stage: capture, passes, lower
-
-    def inserted(self) -> dict[str, int]:
-        """Nodes inserted per pass."""
-        return {record.name: record.inserted for record in self.passes}
+class DryRunEnd(BaseException):
+    """The passes of a training step have run, and fxpass/dry_run.py wants no more of the compilation."""
 
 
 @dataclass
@@ -54,6 +45,7 @@ class StepState:
         default_factory=list
     )  # per graph: names, sums (and padding)
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
+    look: Callable[[str, StepGraph], None] | None = None  # set in a dry run: sees the graph after each pass
 
     def nonfinite(self) -> tuple[str, ...]:
         """``"parameter: inf"`` or ``"parameter: nan"`` of the last skipped step; reads the device."""
@@ -87,9 +79,11 @@ def compile_frame(
             places = [(p.group, p.position) for p in event.params if p.has_grad]
             undo.append(optim_state.create_state(event.live(), places, event.where))
         return _Compilation(options, state, gm, inputs, mode, record).run()
-    except BaseException:
+    except BaseException as error:
         for back in undo:
             back()
+        if isinstance(error, DryRunEnd) and not record.events:
+            return gm.forward  # the training part is still to come
         raise
 
 
@@ -144,16 +138,23 @@ class _Compilation:
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
-        passes = run_pipeline(step, passes_for(self.options), check=self.options.verify)
+        look = self.state.look or (lambda name, step: None)
+        look("captured", step)
+        passes = run_pipeline(step, passes_for(self.options), check=self.options.verify, after_each=look)
         self._lap("passes")
         if self.overflow is not None:
             leaves = [self.record.leaf_grads[int(str(mark.args[2]))].leaf for mark, _ in step.checked]
             names = [by_node.get(leaf, leaf) for leaf in leaves]
             self.state.overflows.append((names, self.overflow))
-        after, unreached = to_text(step), checks.unreached(self.record, by_node)
+        unreached = checks.unreached(self.record, by_node)
+        escaping = checks.escaping(self.record, by_node, self.options.grads == "keep")
+        record = GraphRecord(before, to_text(step), passes, unreached, self.seconds, escaping)
+        if self.state.look is not None:
+            self.state.graphs.append(record)
+            raise DryRunEnd
         compiled = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
-        self.state.graphs.append(GraphRecord(before, after, passes, unreached, self.seconds))
+        self.state.graphs.append(record)
         return compiled
 
     def _cleared(self) -> list[tuple[int, int, int]]:
