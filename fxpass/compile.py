@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from . import _torch
+from . import _torch, logs
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
@@ -154,6 +154,7 @@ class _Compilation:
             raise DryRunEnd
         compiled = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
+        logs.log(record)
         self.state.graphs.append(record)
         return compiled
 

@@ -20,7 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "passes": {"ir", "analysis", "errors", "options", "runtime.scale"},
     "lower": {"_torch", "errors", "ir", "options"},
     "record": {"passes"},
-    "compile": {"_torch", "capture", "errors", "ir", "lower", "options", "passes", "record", "runtime"},
+    "logs": {"record"},
+    "compile": {
+        *("_torch", "capture", "errors", "ir", "logs", "lower", "options", "passes", "record", "runtime")
+    },
     "backend": {"_torch", "compile", "errors", "ir", "options", "record", "runtime"},
     "dry_run": {"_torch", "analysis", "backend", "compile", "errors", "ir", "record"},
     "report": {"analysis", "dry_run", "record"},
