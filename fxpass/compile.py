@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
+from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
@@ -38,6 +39,7 @@ class GraphRecord:
     passes: list[PassRecord]
     unreached: dict[str, str]  # trainable parameter -> why it is not updated
     seconds: dict[str, float]  # compile time by stage: capture, passes, lower
+    memory: MemoryProfile  # what is alive when, and the peak
 
     def inserted(self) -> dict[str, int]:
         """Nodes inserted per pass."""
@@ -151,10 +153,11 @@ class _Compilation:
             names = [by_node.get(leaf, leaf) for leaf in leaves]
             self.state.overflows.append((names, self.overflow))
         after, unreached = to_text(step), checks.unreached(self.record, by_node)
-        compiled = lower(step, inputs, self.options, self.mode)
+        lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
-        self.state.graphs.append(GraphRecord(before, after, passes, unreached, self.seconds))
-        return compiled
+        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory)
+        self.state.graphs.append(record)
+        return lowered.call
 
     def _cleared(self) -> list[tuple[int, int, int]]:
         return [
