@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
-from .compile import StepState, compile_frame
+from .compile import Look, StepState, compile_frame
 from .errors import FxpassError, OptionError
-from .ir.graph import StepGraph
 from .options import Options, check_names
 from .record import GraphRecord
 from .runtime.state import ScalerState, StepStats
@@ -75,8 +74,8 @@ class MixedPrecision(Options):
             raise OptionError("torch.compile(options=...) with a MixedPrecision object", hint=hint)
         return compile_frame(self, self._state, gm, inputs, mode)
 
-    def watch(self, look: Callable[[str, StepGraph], None]) -> None:
-        """Make every compilation a dry run that ends after the passes; ``look`` sees the graph after each."""
+    def watch(self, look: Look) -> None:
+        """Make every compilation a dry run that ends after the passes."""
         self._state.look = look
 
     def note_break(self, record: _torch.FrameRecord) -> None:

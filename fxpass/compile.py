@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch, logs
+from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
@@ -35,6 +36,14 @@ class DryRunEnd(BaseException):
     """The passes of a training step have run, and fxpass/dry_run.py wants no more of the compilation."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a dry run does instead of compiling."""
+
+    after_each: Callable[[str, StepGraph], None]  # sees the graph as captured and after each pass
+    profile: Callable[[StepGraph, list[Any], Options, str | None], MemoryProfile]  # may take the graph apart
+
+
 @dataclass
 class StepState:
     """What all graphs of one compiled step share."""
@@ -45,7 +54,7 @@ class StepState:
         default_factory=list
     )  # per graph: names, sums (and padding)
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
-    look: Callable[[str, StepGraph], None] | None = None  # set in a dry run: sees the graph after each pass
+    look: Look | None = None  # set in a dry run
 
     def nonfinite(self) -> tuple[str, ...]:
         """``"parameter: inf"`` or ``"parameter: nan"`` of the last skipped step; reads the device."""
@@ -138,9 +147,12 @@ class _Compilation:
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
-        look = self.state.look or (lambda name, step: None)
-        look("captured", step)
-        passes = run_pipeline(step, passes_for(self.options), check=self.options.verify, after_each=look)
+        look = self.state.look
+        after_each = look.after_each if look else lambda name, step: None
+        after_each("captured", step)
+        passes = run_pipeline(
+            step, passes_for(self.options), check=self.options.verify, after_each=after_each
+        )
         self._lap("passes")
         if self.overflow is not None:
             leaves = [self.record.leaf_grads[int(str(mark.args[2]))].leaf for mark, _ in step.checked]
@@ -148,15 +160,18 @@ class _Compilation:
             self.state.overflows.append((names, self.overflow))
         unreached = checks.unreached(self.record, by_node)
         escaping = checks.escaping(self.record, by_node, self.options.grads == "keep")
-        record = GraphRecord(before, to_text(step), passes, unreached, self.seconds, escaping)
-        if self.state.look is not None:
+        after = to_text(step)
+        if look is not None:
+            memory = look.profile(step, inputs, self.options, self.mode)
+            record = GraphRecord(before, after, passes, unreached, self.seconds, memory, escaping)
             self.state.graphs.append(record)
             raise DryRunEnd
-        compiled = lower(step, inputs, self.options, self.mode)
+        lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
+        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory, escaping)
         logs.log(record)
         self.state.graphs.append(record)
-        return compiled
+        return lowered.call
 
     def _cleared(self) -> list[tuple[int, int, int]]:
         return [

@@ -17,13 +17,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import _torch
+from .analysis.memory import MemoryProfile, graph_profile
 from .analysis.view import GraphView, view
 from .backend import MixedPrecision
-from .compile import DryRunEnd
+from .compile import DryRunEnd, Look
 from .errors import CaptureError
 from .ir.graph import Role, StepGraph, tensor
+from .lower.compile import profile_only
+from .options import Options
 from .record import GraphRecord
 
+LARGE = 6000  # nodes: Inductor schedules that many in about 20 s
 CAPTURED = "captured"  # the point before the first pass
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # step, args, kwargs
 
@@ -37,7 +41,13 @@ class DryRun:
     views: Mapping[str, GraphView]  # by point: "captured", or the pass after which it was taken
     tensors: str  # "fake" or "real"
     device: str  # the device it was traced for
+    memory_of: str = "graph"  # whose memory was profiled: the "graph"'s, or that of Inductor's "program"
     notes: tuple[str, ...] = ()
+
+    @property
+    def memory(self) -> MemoryProfile:
+        """What is alive when."""
+        return self.record.memory
 
     @property
     def parameters(self) -> int:
@@ -58,6 +68,7 @@ def dry_run(
     tensors: str = "auto",
     points: Collection[str] | None = None,
     dynamic: bool | None = None,
+    of: str = "graph",
 ) -> DryRun:
     """Capture the step that ``make`` returns and run the passes of ``options`` on it.
 
@@ -67,15 +78,17 @@ def dry_run(
         tensors: "fake", "real", or "auto": fake, and real if that does not work.
         points: passes after which to keep the graph; None keeps all.
         dynamic: as in ``torch.compile``; True keeps the arguments' sizes symbolic.
+        of: whose memory to profile: the "graph"'s, the "program"'s that Inductor schedules from it (seconds
+            to minutes), or "auto", the program's unless the graph is large.
 
     Raises:
         FxpassError: the step cannot be captured whole.
     """
     if tensors == "real":
-        return _attempt(make, options, device, False, points, dynamic)
+        return _attempt(make, options, device, False, points, dynamic, of)
     before = _fake_bytes()
     try:
-        return _attempt(make, options, device, True, points, dynamic)
+        return _attempt(make, options, device, True, points, dynamic, of)
     except CaptureError:
         raise  # a graph break is one with real tensors too
     except Exception as error:
@@ -83,7 +96,7 @@ def dry_run(
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     gc.collect()
-    run = _attempt(make, options, device, False, points, dynamic)
+    run = _attempt(make, options, device, False, points, dynamic, of)
     return replace(run, notes=(f"not with fake tensors: {reason}", *run.notes))
 
 
@@ -94,6 +107,7 @@ def _attempt(
     fake: bool,
     points: Collection[str] | None,
     dynamic: bool | None,
+    of: str,
 ) -> DryRun:
     notes: list[str] = []
     with _building(device, fake, notes):
@@ -101,13 +115,14 @@ def _attempt(
     views: dict[str, GraphView] = {}
     graphs: list[StepGraph] = []
 
-    def look(point: str, graph: StepGraph) -> None:
+    def after_each(point: str, graph: StepGraph) -> None:
         if points is None or point in points:
             views[point] = view(graph, point)
         graphs[:] = [graph]
 
     backend = MixedPrecision(**options)
-    backend.watch(look)
+    profile, profiled = _profiler(of, notes)
+    backend.watch(Look(after_each, profile))
     absent_gpu = fake and device is not None and device.startswith("cuda") and not torch.cuda.is_available()
     with _torch.fake_tensors() if absent_gpu and _torch.has_cuda() else contextlib.nullcontext():
         try:
@@ -118,7 +133,32 @@ def _attempt(
         hint = "the function must call loss.backward() and optimizer.step() itself"
         raise CaptureError("the step ran to its end and nothing was compiled", hint=hint)
     kind = "fake" if fake else "real"
-    return DryRun(backend.graphs[-1], graphs[0], views, kind, _device(graphs[0]), tuple(notes))
+    device = _device(graphs[0])
+    return DryRun(backend.graphs[-1], graphs[0], views, kind, device, profiled[-1], tuple(notes))
+
+
+def _profiler(of: str, notes: list[str]) -> tuple[Callable[..., MemoryProfile], list[str]]:
+    """A profile of the program, or of the graph if Inductor cannot schedule it; and which of them it was."""
+    profiled: list[str] = []
+
+    def profile(step: StepGraph, inputs: list[Any], options: Options, mode: str | None) -> MemoryProfile:
+        found = graph_profile(step)  # first: scheduling takes the graph apart
+        profiled.append("graph")
+        count = len(step.graph.nodes)
+        if of == "auto" and count > LARGE:
+            notes.append(
+                f"memory of the graph as written, since it has {count} nodes; --of program takes longer"
+            )
+        elif of != "graph":
+            try:
+                found = profile_only(step, inputs, options, mode)
+                profiled[-1] = "program"
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                notes.append(f"memory of the graph: Inductor failed with {type(error).__name__}: {reason}")
+        return found
+
+    return profile, profiled
 
 
 @contextlib.contextmanager

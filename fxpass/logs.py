@@ -17,6 +17,7 @@ VARIABLE = "FXPASS_LOGS"
 KINDS: dict[str, Callable[[GraphRecord], str]] = {
     "graphs": lambda record: record.after,
     "passes": lambda record: record.summary(),
+    "memory": lambda record: record.memory_summary(),
 }
 
 

@@ -18,15 +18,27 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"errors"},
     "options": {"errors", "runtime"},
     "passes": {"ir", "analysis", "errors", "options", "runtime.scale"},
-    "lower": {"_torch", "errors", "ir", "options"},
-    "record": {"passes"},
+    "lower": {"_torch", "analysis", "errors", "ir", "options"},
+    "record": {"analysis", "passes"},
     "logs": {"record"},
     "compile": {
-        *("_torch", "capture", "errors", "ir", "logs", "lower", "options", "passes", "record", "runtime")
+        *(
+            "_torch",
+            "analysis",
+            "capture",
+            "errors",
+            "ir",
+            "logs",
+            "lower",
+            "options",
+            "passes",
+            "record",
+            "runtime",
+        )
     },
-    "backend": {"_torch", "compile", "errors", "ir", "options", "record", "runtime"},
-    "dry_run": {"_torch", "analysis", "backend", "compile", "errors", "ir", "record"},
-    "report": {"analysis", "dry_run", "record"},
+    "backend": {"_torch", "compile", "errors", "options", "record", "runtime"},
+    "dry_run": {*("_torch", "analysis", "backend", "compile", "errors", "ir", "lower", "options", "record")},
+    "report": {"__init__", "analysis", "dry_run", "passes"},
     "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
     "__init__": {"backend", "errors", "record", "runtime"},
 }

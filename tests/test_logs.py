@@ -44,17 +44,22 @@ def test_the_variable_prints_on_stderr(tmp_path: Path) -> None:
         "    optimizer.zero_grad()\n"
         "torch.compile(step, backend='mixedprec', options={'codegen': 'eager'})()\n"
     )
-    environment = {**os.environ, "FXPASS_LOGS": "graphs,passes", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "FXPASS_LOGS": "graphs,passes,memory",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     command = [sys.executable, str(script)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "[fxpass.graphs] " in found.stderr
     assert "fxpass.mark" not in found.stderr
     assert "[fxpass.passes] pass " in found.stderr
+    assert "[fxpass.memory] peak " in found.stderr
     assert found.stdout == ""
 
 
 def test_an_unknown_name_is_told() -> None:
-    with pytest.warns(UserWarning, match="'nonsense' is none of graphs, passes"):
+    with pytest.warns(UserWarning, match="'nonsense' is none of graphs, passes, memory"):
         logs.set_up("nonsense")
 
 
@@ -62,7 +67,7 @@ def test_print_and_notebook_show_the_passes_and_the_graph(capsys: pytest.Capture
     record = _record()
     record.print()
     printed = capsys.readouterr().out
-    assert printed == f"{record.summary()}\n{record.after}\n"
+    assert printed == f"{record.summary()}\n{record.memory_summary()}\n{record.after}\n"
     html = record._repr_html_()
     assert html.count("<tr>") == 1 + len(record.passes)
     assert "aten.mm" in html or "aten.addmm" in html

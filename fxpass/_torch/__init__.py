@@ -14,6 +14,7 @@ from .fake import is_fake as is_fake
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
 from .handles import source_name as source_name
+from .inductor import Compiled as Compiled
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import mode_settings as mode_settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ class GraphView:
 
     def __post_init__(self) -> None:
         self.by_name.update({n.name: n for n in self.nodes})
+
+    @cached_property
+    def readers(self) -> dict[str, list[str]]:
+        """By name, the nodes that read it."""
+        found: dict[str, list[str]] = {n.name: [] for n in self.nodes}
+        for node in self.nodes:
+            for name in node.inputs:
+                found[name].append(node.name)
+        return found
 
     def find(self, name: str) -> NodeView | None:
         """The node of that name, the graph's or the user's."""

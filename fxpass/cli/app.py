@@ -15,12 +15,16 @@ from .errors import UsageProblem
 from .explain import explain
 from .graph import graph
 from .inspect import inspect
+from .memory import memory
 from .output import report_error
 from .passes import passes
+from .report import report
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "graph": graph,
+    "memory": memory,
+    "report": report,
     "passes": passes,
     "explain": explain,
     "doctor": doctor,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..analysis.view import NodeView
-from .diff import Change
+from ..report.diff import Change
 from .errors import UsageProblem
 
 FILL = {"input": "#e8e8e8", "forward": "#dbeafe", "backward": "#ede9fe", "update": "#dcfce7"}

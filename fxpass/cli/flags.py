@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from ..dry_run import LARGE
 from ..errors import OptionError
 from ..options import _RULES, Options
+from ..report.memory import AUTO, GRAPH, NOTES, PROGRAM
 from ..runtime import scale
 from .errors import UsageProblem
 
@@ -117,6 +119,14 @@ def capture_options(command: Command) -> Command:
     return click.option(
         "--device", metavar="DEVICE", help="build and trace for this device; cuda needs no GPU for it"
     )(command)
+
+
+def memory_of(command: Command) -> Command:
+    """``--of``: whose memory is profiled."""
+    text = (
+        f"memory {NOTES[PROGRAM]}; or {NOTES[GRAPH]}; auto: the program up to {LARGE} nodes  [default: auto]"
+    )
+    return click.option("--of", type=click.Choice([AUTO, PROGRAM, GRAPH]), default=AUTO, help=text)(command)
 
 
 def common_options(command: Command) -> Command:

@@ -14,7 +14,7 @@ from rich.text import Text
 from ..analysis.view import GraphView, NodeView
 from ..dry_run import CAPTURED, DryRun
 from ..passes import PASSES
-from .diff import Change, diff
+from ..report.diff import Change, diff
 from .errors import UsageProblem
 from .flags import backend_options, capture_options, common_options
 from .look import look_at

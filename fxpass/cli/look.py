@@ -18,13 +18,22 @@ def look_at(
     *,
     points: Collection[str] | None = None,
     dynamic: bool | None = None,
+    of: str = "graph",
 ) -> DryRun:
     """Capture ``target`` and run the passes; see :func:`fxpass.dry_run.dry_run`."""
     found = load(target)
     if device is not None:
         _check_device(device)
     with working(f"capturing {target}"):
-        return dry_run(found.make, options, device=device, tensors=tensors, points=points, dynamic=dynamic)
+        return dry_run(
+            found.make,
+            options,
+            device=device,
+            tensors=tensors,
+            points=points,
+            dynamic=dynamic,
+            of=of,
+        )
 
 
 def _check_device(device: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import FxpassError
 from .errors import UsageProblem
@@ -51,7 +52,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: Seque
             name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right
         )
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*(Text(str(cell)) for cell in row))  # not markup: names have brackets
     return made
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import _torch
+from ..analysis.memory import MemoryProfile, graph_profile
+from ..analysis.scratch import scratch
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
-from .outline import cut, find_units, run_with_updates, to_graph
+from .outline import Unit, cut, find_units, run_with_updates, to_graph
+from .profile import Facts, UnitRun, facts_of, program_profile
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
@@ -24,48 +28,86 @@ DEFAULTS = {
 }
 
 
-def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
-    """Compile ``step`` as ``options.codegen`` says; the callable takes one list of inputs."""
+@dataclass(frozen=True)
+class Lowered:
+    """A callable of one list of inputs, and what it needs to run."""
+
+    call: Callable[..., Any]
+    memory: MemoryProfile
+
+
+def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
+    """Compile ``step`` as ``options.codegen`` says."""
+    return _lower(step, inputs, options, mode, dry=False)
+
+
+def profile_only(
+    step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None = None
+) -> MemoryProfile:
+    """The memory profile of ``step`` for fake ``inputs``: scheduled and laid out, but no kernel compiled."""
+    return _lower(step, inputs, options, mode, dry=True).memory
+
+
+def _lower(
+    step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None, *, dry: bool
+) -> Lowered:
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
     if options.codegen == "eager":
-        return _eager(step)
+        return Lowered(_eager(step), graph_profile(step))
     settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-    if options.outline == "auto" and on_cpu:
-        return _outlined(step, inputs, settings)
-    return _whole(step, inputs, settings)
+    facts = facts_of(step)
+    units = find_units(step) if options.outline == "auto" and on_cpu else []
+    if units:
+        return _outlined(step, units, facts, inputs, settings, dry)
+    whole = _whole(step, inputs, settings, dry)
+    return Lowered(whole.call, program_profile(facts, whole.program))
 
 
-def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
     step.gm.recompile()
     placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
     static = [i for i, n in enumerate(placeholders) if step.roles[n] is not Role.INPUT]
-    return _torch.compile_graph(step.gm, inputs, settings, static)
+    return _torch.compile_graph(step.gm, inputs, settings, static, scratch, dry=dry)
 
 
-def _outlined(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
-    units = find_units(step)
-    if not units:
-        return _whole(step, inputs, settings)
+def _outlined(
+    step: StepGraph,
+    units: list[Unit],
+    facts: Facts,
+    inputs: Sequence[Any],
+    settings: Mapping[str, Any],
+    dry: bool,
+) -> Lowered:
     output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
     outputs = len(output.args[0])
-    graphs = {unit.key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for unit in units}
+    first = {unit.key: unit for unit in reversed(units)}
+    graphs = {key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for key, unit in first.items()}
+    names = [_renamed(first[unit.key], unit) for unit in units]
     values = {node: i for i, node in enumerate(cut(step, units))}
     positions = {n: i for i, n in enumerate(n for n in step.graph.nodes if n.op == "placeholder")}
-    main = _whole(step, inputs, settings)
+    main = _whole(step, inputs, settings, dry)
     compiled = {
-        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)))
+        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)
         for key, (gm, fakes) in graphs.items()
     }
-    updates = [
-        (
-            compiled[unit.key],
-            [(positions[n], True) if n in positions else (values[n], False) for n in unit.inputs],
-        )
+    reads = [
+        [(positions[n], True) if n in positions else (values[n], False) for n in unit.inputs]
         for unit in units
     ]
-    return run_with_updates(main, updates, outputs)
+    runs = [
+        UnitRun(compiled[unit.key].program, unit_reads, unit_names)
+        for unit, unit_reads, unit_names in zip(units, reads, names, strict=True)
+    ]
+    updates = [(compiled[unit.key].call, unit_reads) for unit, unit_reads in zip(units, reads, strict=True)]
+    call = run_with_updates(main.call, updates, outputs)
+    return Lowered(call, program_profile(facts, main.program, runs, outputs))
+
+
+def _renamed(compiled: Unit, unit: Unit) -> dict[str, str]:
+    """The names of ``unit``'s nodes by those of the unit that is compiled for it."""
+    return {a.name: b.name for a, b in zip(compiled.nodes, unit.nodes, strict=True)}
 
 
 def _eager(step: StepGraph) -> Callable[..., Any]:

@@ -26,6 +26,10 @@ def mlp() -> Any:
     return step, (torch.randn(6, 4), torch.randn(6, 2))
 
 
+def mlp_48() -> Any:
+    return mlp()[0], (torch.randn(48, 4), torch.randn(48, 2))
+
+
 def keywords() -> Any:
     step, (x, y) = training_step()
     return step, (x,), {"y": y}

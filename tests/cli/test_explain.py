@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fxpass.cli.builtin import BUILTINS
-from fxpass.cli.explain import explanations
 from fxpass.dry_run import dry_run
+from fxpass.report.explanation import explanations
 
 from .helpers import fx
 

@@ -9,8 +9,8 @@ import pytest
 from .helpers import check_golden, fx, without_times
 
 COMMANDS = {
-    "inspect.txt": ("inspect", "@mlp", "--max-norm", "1.0"),
-    "inspect.json": ("inspect", "@mlp", "--json"),
+    "inspect.txt": ("inspect", "@mlp", "--max-norm", "1.0", "--of", "graph"),
+    "inspect.json": ("inspect", "@mlp", "--json", "--of", "graph"),
     "graph.txt": ("graph", "@mlp", "--dtype", "bfloat16"),
     "graph_grep.json": ("graph", "@mlp", "--grep", "softmax", "--json"),
     "diff.txt": ("graph", "@mlp", "--diff", "captured", "cast"),
