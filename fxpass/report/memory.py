@@ -88,11 +88,12 @@ def alive(tensor: LiveTensor) -> Alive:
 
 
 def page_data(profile: MemoryProfile, of: str, *, top: int = 60) -> dict[str, Any]:
-    """What the page's timeline needs: bytes by role and moment, and the largest tensors with their lives."""
+    """What the page's timeline needs: bytes by role and moment, and the tensors that take most."""
     timeline = profile.timeline()
     peak = profile.peak
     transient = [t for t in profile.tensors if t.birth >= 0 and t.bytes]
-    largest = sorted(transient, key=lambda t: (-t.bytes, t.birth))[:top]
+    by_weight = sorted(transient, key=lambda t: (-t.bytes * (t.death - t.birth + 1), t.birth))
+    largest = sorted(by_weight[:top], key=lambda t: t.birth)
     return {
         "note": f"Live bytes {NOTES[of]}. Scroll to zoom, drag to choose a range, double-click to see all.",
         "moments": [

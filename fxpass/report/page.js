@@ -130,25 +130,27 @@ showDiff();
 // ------------------------------------------------------------ memory
 
 const memory = data.memory;
+const short = (name) => (name.length > 60 ? `${name.slice(0, 57)}...` : name);  // a fused kernel names all it does
 function layout(extra) {
   const style = getComputedStyle(document.body);
-  const line = style.getPropertyValue("border-color") && getComputedStyle($("memory")).borderTopColor;
+  const line = getComputedStyle($("memory")).borderTopColor, dim = getComputedStyle($("memory-hint")).color;
   return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: style.color, size: 12 }, hovermode: "closest",
-    margin: { l: 80, r: 20, t: 30, b: 40 }, legend: { orientation: "h", y: 1.15 }, ...extra,
+    margin: { l: 80, r: 20, t: 64, b: 40 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: dim, activecolor: style.color }, ...extra,
     xaxis: { gridcolor: line, zeroline: false, ...extra.xaxis }, yaxis: { gridcolor: line, zeroline: false, ...extra.yaxis } };
 }
 function draw() {
-  const config = { responsive: true, displaylogo: false, scrollZoom: true };
+  const config = { responsive: true, displaylogo: false, scrollZoom: true, displayModeBar: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
   const x = memory.moments.map((_, i) => i);
   const areas = memory.roles.map((role, r) => ({
     type: "scatter", mode: "lines", name: role.name, stackgroup: "all", x, y: role.bytes, line: { width: 0, shape: "hv" },
     fillcolor: role.colour,
-    customdata: memory.moments.map((m, i) => [m.name, m.phase, bytes(role.bytes[i]), bytes(memory.totals[i])]),
+    customdata: memory.moments.map((m, i) => [short(m.name), m.phase, bytes(role.bytes[i]), bytes(memory.totals[i])]),
     hovertemplate: "%{customdata[0]} (%{customdata[1]})<br>" + role.name + " %{customdata[2]} of %{customdata[3]}<extra></extra>",
   }));
   const peak = { type: "line", x0: memory.peak.index, x1: memory.peak.index, y0: 0, y1: 1, yref: "paper", line: { dash: "dot", width: 1.5 } };
-  const title = { text: `peak ${bytes(memory.peak.bytes)} at ${memory.peak.name} (${memory.peak.phase})`, font: { size: 13 }, x: 0.01, y: 0.99 };
-  Plotly.react("timeline", areas, layout({ shapes: [peak], title, xaxis: { title: { text: "moment" } }, yaxis: { title: { text: "bytes alive" }, tickformat: "~s" } }), config);
+  const title = { text: `peak ${bytes(memory.peak.bytes)} in ${memory.peak.phase}`, font: { size: 13 }, x: 0.01, y: 0.99 };
+  Plotly.react("timeline", areas, layout({ shapes: [peak], title, xaxis: { title: { text: "moment" }, range: [0, x.length] }, yaxis: { title: { text: "bytes alive" }, tickformat: "~s", ticksuffix: "B" } }), config);
 
   const roles = memory.roles.map((role) => role.name);
   const bars = roles.map((role, r) => {
@@ -159,9 +161,9 @@ function draw() {
       hovertemplate: "%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]}<br>%{customdata[3]}<extra>" + role + "</extra>" };
   });
   Plotly.react("lifetimes", bars, layout({ barmode: "overlay", bargap: 0.15, showlegend: false,
-    title: { text: "lifetimes of the largest tensors: click one for its node", font: { size: 13 }, x: 0.01, y: 0.99 },
+    title: { text: "lifetimes of the tensors that take most (bytes times life): click one for its node", font: { size: 13 }, x: 0.01, y: 0.99 },
     xaxis: { title: { text: "moment" }, range: [0, x.length] },
-    yaxis: { autorange: "reversed", showticklabels: false, title: { text: "largest first" } } }), config);
+    yaxis: { autorange: "reversed", showticklabels: false, title: { text: "in order of birth" }, showgrid: false } }), config);
 }
 if (memory) {
   $("memory-hint").textContent = memory.note;
