@@ -95,8 +95,7 @@ def _transformer(
     width: int, layers: int, heads: int, vocab: int, batch: int, seq: int, causal: bool = True
 ) -> Call:
     model = Transformer(width, layers, heads, vocab, seq, causal)
-    tokens = torch.randint(vocab, (2, batch, seq))
-    return _step(model, tokens[0], tokens[1])
+    return _step(model, torch.randint(vocab, (batch, seq)), torch.randint(vocab, (batch, seq)))
 
 
 def _cnn() -> Call:
@@ -104,8 +103,7 @@ def _cnn() -> Call:
 
 
 def _lstm() -> Call:
-    tokens = torch.randint(1024, (2, 8, 16))
-    return _step(LSTM(), tokens[0], tokens[1])
+    return _step(LSTM(), torch.randint(1024, (8, 16)), torch.randint(1024, (8, 16)))
 
 
 BUILTINS: dict[str, Callable[[], Call]] = {

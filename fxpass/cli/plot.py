@@ -39,12 +39,10 @@ def timeline(profile: MemoryProfile, out: Console) -> None:
             )
         out.print(line, soft_wrap=True)
     out.print(_phases(profile, stretches), soft_wrap=True)
+    legend = Text(" " * MARGIN)
     for i, role in enumerate(roles):
-        out.print(
-            Text(f"{'':{MARGIN}}{LETTERS[i % len(LETTERS)]} ", style=colour_of_role(role)).append(
-                role, style="default"
-            )
-        )
+        legend.append(LETTERS[i % len(LETTERS)], style=colour_of_role(role)).append(f" {role}   ")
+    out.print(legend)
 
 
 def _stack(column: dict[str, int], roles: list[str], top: int) -> list[int]:

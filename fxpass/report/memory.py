@@ -82,9 +82,8 @@ def summary(profile: MemoryProfile, of: str, *, top: int = 10) -> MemorySummary:
 
 def alive(tensor: LiveTensor) -> Alive:
     """What a person wants to know of one tensor."""
-    return Alive(
-        tensor.name, tensor.node, tensor.role, tensor.dtype, tensor.shape, tensor.bytes, tensor.where
-    )
+    shape = tensor.shape if len(tensor.shape) <= 40 else f"{tensor.shape[:37]}..."  # of symbolic sizes
+    return Alive(tensor.name, tensor.node, tensor.role, tensor.dtype, shape, tensor.bytes, tensor.where)
 
 
 def page_data(profile: MemoryProfile, of: str, *, top: int = 60) -> dict[str, Any]:
