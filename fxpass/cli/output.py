@@ -39,9 +39,11 @@ def console(*, stderr: bool = False) -> Console:
     """A console that is plain and 120 columns wide when it is not a terminal (``COLUMNS`` overrides it)."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
-        return Console(file=stream, highlight=False)
+        return Console(file=stream, highlight=False, emoji=False)
     width = None if "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(file=cast(TextIO, _WithoutPadding(stream)), width=width, highlight=False, no_color=True)
+    return Console(
+        file=cast(TextIO, _WithoutPadding(stream)), width=width, highlight=False, no_color=True, emoji=False
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
