@@ -38,7 +38,7 @@ class GraphRecord:
     after: str
     passes: list[PassRecord]
     unreached: dict[str, str]  # trainable parameter -> why it is not updated
-    seconds: dict[str, float]  # compile time by stage: capture, passes, lower
+    seconds: dict[str, float]  # compile time by stage: capture, passes, lower; memory: part of lower
     memory: MemoryProfile  # what is alive when, and the peak
 
     def inserted(self) -> dict[str, int]:
@@ -155,6 +155,7 @@ class _Compilation:
         after, unreached = to_text(step), checks.unreached(self.record, by_node)
         lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
+        self.seconds["memory"] = lowered.seconds
         record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory)
         self.state.graphs.append(record)
         return lowered.call
