@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxpass
 from bench import measure, models
 from fxpass.analysis.memory import PHI, LiveTensor, MemoryProfile, Moment, graph_profile
+from fxpass.compile import profiling
 from fxpass.ir.graph import Phase, Role, StepGraph
 from tests.helpers import Mlp, batches
 
@@ -143,3 +144,16 @@ def test_other_sizes_are_those_of_a_fresh_capture() -> None:
     (symbol,) = large.expression.free_symbols - {PHI}
     assert large.symbols == {str(symbol): "x.shape[0] = 700"}
     assert large.expression.subs({symbol: 700, PHI: large.parameters}) == large.peak.bytes
+
+
+def test_a_profile_without_compiling_or_running() -> None:
+    model = Mlp()
+    step, mp = compiled_step(model, codegen="eager")
+    before = [p.detach().clone() for p in model.parameters()]
+    with profiling() as found:
+        step(*batches(1)[0])
+        pytest.fail("the call ends the block")
+    assert mp.graphs == []
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    step(*batches(1)[0])
+    assert found[0].timeline() == mp.graphs[0].memory.timeline()
