@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
-from .compile import Look, StepState, compile_frame
+from .compile import StepState, compile_frame
 from .errors import FxpassError, OptionError
 from .options import Options, check_names
 from .record import GraphRecord
@@ -73,10 +73,6 @@ class MixedPrecision(Options):
             hint = "give the options to MixedPrecision(...), or use backend='mixedprec' with options={...}"
             raise OptionError("torch.compile(options=...) with a MixedPrecision object", hint=hint)
         return compile_frame(self, self._state, gm, inputs, mode)
-
-    def watch(self, look: Look) -> None:
-        """Make every compilation a dry run that ends after the passes."""
-        self._state.look = look
 
     def note_break(self, record: _torch.FrameRecord) -> None:
         """Dynamo broke the graph of a frame: remembered for the error that may follow."""

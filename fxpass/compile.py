@@ -7,7 +7,8 @@ stage; it holds no logic of theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,9 @@ from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
-from .ir.graph import StepGraph
 from .ir.text import to_text
-from .lower.compile import lower
+from .look import DryRunEnd, Look, current_look, looking
+from .lower.compile import lower, profile_only
 from .options import Options
 from .passes import passes_for
 from .passes.pipeline import run_pipeline
@@ -30,18 +31,6 @@ from .record import GraphRecord
 from .runtime.scale import DynamicLossScale
 from .runtime.state import NONFINITE, ScalerState
 from .runtime.step import CompiledStep, OptimizerBinding
-
-
-class DryRunEnd(BaseException):
-    """The passes of a training step have run, and fxpass/dry_run.py wants no more of the compilation."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a dry run does instead of compiling."""
-
-    after_each: Callable[[str, StepGraph], None]  # sees the graph as captured and after each pass
-    profile: Callable[[StepGraph, list[Any], Options, str | None], MemoryProfile]  # may take the graph apart
 
 
 @dataclass
@@ -54,7 +43,6 @@ class StepState:
         default_factory=list
     )  # per graph: names, sums (and padding)
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
-    look: Look | None = None  # set in a dry run
 
     def nonfinite(self) -> tuple[str, ...]:
         """``"parameter: inf"`` or ``"parameter: nan"`` of the last skipped step; reads the device."""
@@ -64,6 +52,23 @@ class StepState:
                 if value != value or value == float("inf"):
                     found.append(f"{name}: {'nan' if value != value else 'inf'}")
         return tuple(dict.fromkeys(found))
+
+
+@contextmanager
+def profiling() -> Iterator[list[MemoryProfile]]:
+    """A compiled step called inside is captured and scheduled, but not compiled and not run.
+
+    The call ends the block, with the step's memory profile in the list.
+    Parameters and inputs may be fake: no data is read or changed.
+    """
+    found: list[MemoryProfile] = []
+
+    def profile(*graph_inputs_options_mode: Any) -> MemoryProfile:
+        found.append(profile_only(*graph_inputs_options_mode))
+        return found[-1]
+
+    with looking(Look(lambda point, step: None, profile)):
+        yield found
 
 
 def compile_frame(
@@ -147,7 +152,7 @@ class _Compilation:
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
-        look = self.state.look
+        look = current_look()
         after_each = look.after_each if look else lambda name, step: None
         after_each("captured", step)
         passes = run_pipeline(
@@ -168,6 +173,7 @@ class _Compilation:
             raise DryRunEnd
         lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
+        self.seconds["memory"] = lowered.seconds
         record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory, escaping)
         logs.log(record)
         self.state.graphs.append(record)

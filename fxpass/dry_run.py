@@ -20,9 +20,9 @@ from . import _torch
 from .analysis.memory import MemoryProfile, graph_profile
 from .analysis.view import GraphView, view
 from .backend import MixedPrecision
-from .compile import DryRunEnd, Look
 from .errors import CaptureError
 from .ir.graph import Role, StepGraph, tensor
+from .look import Look, looking
 from .lower.compile import profile_only
 from .options import Options
 from .record import GraphRecord
@@ -122,13 +122,10 @@ def _attempt(
 
     backend = MixedPrecision(**options)
     profile, profiled = _profiler(of, notes)
-    backend.watch(Look(after_each, profile))
     absent_gpu = fake and device is not None and device.startswith("cuda") and not torch.cuda.is_available()
     with _torch.fake_tensors() if absent_gpu and _torch.has_cuda() else contextlib.nullcontext():
-        try:
+        with looking(Look(after_each, profile)):
             torch.compile(step, backend=backend, dynamic=dynamic)(*args, **kwargs)
-        except DryRunEnd:
-            pass
     if not backend.graphs:
         hint = "the function must call loss.backward() and optimizer.step() itself"
         raise CaptureError("the step ran to its end and nothing was compiled", hint=hint)

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "lower": {"_torch", "analysis", "errors", "ir", "options"},
     "record": {"analysis", "passes"},
     "logs": {"record"},
+    "look": {"analysis", "ir", "options"},
     "compile": {
         *(
             "_torch",
@@ -29,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
             "errors",
             "ir",
             "logs",
+            "look",
             "lower",
             "options",
             "passes",
@@ -37,7 +39,9 @@ ALLOWED: dict[str, set[str]] = {
         )
     },
     "backend": {"_torch", "compile", "errors", "options", "record", "runtime"},
-    "dry_run": {*("_torch", "analysis", "backend", "compile", "errors", "ir", "lower", "options", "record")},
+    "dry_run": {
+        *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
+    },
     "report": {"__init__", "analysis", "dry_run", "passes"},
     "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
     "__init__": {"backend", "errors", "record", "runtime"},

@@ -37,6 +37,7 @@ class Compiled:
 
     call: Callable[..., Any]
     program: Program
+    seconds: float  # spent on reading the program
 
 
 def compile_graph(
@@ -76,7 +77,7 @@ def compile_graph(
                 is_inference=True,
                 boxed_forward_device_index=None,
             )
-        return Compiled(call, recorder.program or program_of(call))
+        return Compiled(call, recorder.program or program_of(call), recorder.seconds)
 
 
 def _not_compiled(inputs: list[Any]) -> Any:

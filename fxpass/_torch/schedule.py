@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class _Recorder:
     scratch: Scratch
     dry: bool
     program: Program | None = None
+    seconds: float = 0.0  # spent on reading the program
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("fxpass_recorder", default=None)
@@ -136,7 +138,9 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
     def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:
         passes(self, is_inference)
         if recorder.program is None:
+            start = time.perf_counter()
             recorder.program = _read(self, recorder.scratch)
+            recorder.seconds = time.perf_counter() - start
             if recorder.dry:
                 raise _Recorded
 

@@ -19,6 +19,7 @@ from torch.fx import Node
 from ..ir.sizes import expression, numel, storage_bytes
 from .policy import op_name
 
+PROMOTING = frozenset("add sub mul div where addcmul addcdiv lerp maximum minimum pow".split())
 ZERO = sympy.Integer(0)
 BLOCK = 1 << 17  # elements of one float32 block of a half product: lower/half_gemm.py
 CONV_WORKSPACE = 96 << 10  # bytes: oneDNN's scratchpad for a convolution's backward, the most that was seen
@@ -69,7 +70,15 @@ def scratch(node: Node) -> sympy.Expr:
     results = _tensors(node.meta.get("val"))
     if name.startswith("half_"):
         return _widened(name.removeprefix("half_"), operands, results)
+    if name in PROMOTING and len(results) == 1:
+        return _promoted(operands, results[0])
     return INSIDE[name](operands, results) if name in INSIDE else ZERO
+
+
+def _promoted(operands: list[Any], result: Tensor) -> sympy.Expr:
+    """Operands of another dtype than the result's, a 0-d one too, are copied to it first."""
+    other = [v for v in _tensors(operands) if v.dtype not in (result.dtype, torch.bool)]
+    return sum((numel(v) * result.dtype.itemsize for v in other), ZERO)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -126,13 +135,16 @@ def _convolution(operands: list[Any], results: list[Tensor]) -> sympy.Expr:
 
 
 def _convolution_backward(operands: list[Any], results: list[Tensor]) -> sympy.Expr:
-    """The gradient of the image, then that of the weight, each with its operands in oneDNN's layout."""
+    """The gradient of the image, reordered twice, then that of the weight; operands in oneDNN's layout.
+
+    Images that are channels-last already need less: this is then an upper bound.
+    """
     grad, image, weight = operands[:3]
     mask = operands[10] if len(operands) > 10 else (True, True, True)
     g, x, w = 4 * numel(grad), 4 * numel(image), 4 * numel(weight)
-    of_image = sympy.Max(g + w + x + CONV_WORKSPACE, 2 * x) if mask[0] else ZERO
+    of_image = sympy.Max(g + w + x + CONV_WORKSPACE, 3 * x) if mask[0] else ZERO
     kept = x if mask[0] else ZERO
-    of_weight = kept + sympy.Max(_reordered(image) + g + w + CONV_WORKSPACE, 2 * w)
+    of_weight = kept + sympy.Max(_reordered(image) + g + w, 2 * w)
     made = sum((storage_bytes(v) for v in results), ZERO)
     return sympy.Max(sympy.Max(of_image, of_weight) - made, 0)
 

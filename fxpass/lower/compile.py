@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class Lowered:
 
     call: Callable[..., Any]
     memory: MemoryProfile
+    seconds: float  # spent on the memory profile
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
@@ -54,15 +56,19 @@ def _lower(
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
     if options.codegen == "eager":
-        return Lowered(_eager(step), graph_profile(step))
+        start = time.perf_counter()
+        memory = graph_profile(step)
+        return Lowered(_eager(step), memory, time.perf_counter() - start)
     settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    start = time.perf_counter()
     facts = facts_of(step)
+    facts.seconds = time.perf_counter() - start
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
         return _outlined(step, units, facts, inputs, settings, dry)
     whole = _whole(step, inputs, settings, dry)
-    return Lowered(whole.call, program_profile(facts, whole.program))
+    return _lowered(facts, whole.call, [whole], [], None)
 
 
 def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
@@ -102,7 +108,20 @@ def _outlined(
     ]
     updates = [(compiled[unit.key].call, unit_reads) for unit, unit_reads in zip(units, reads, strict=True)]
     call = run_with_updates(main.call, updates, outputs)
-    return Lowered(call, program_profile(facts, main.program, runs, outputs))
+    return _lowered(facts, call, [main, *compiled.values()], runs, outputs)
+
+
+def _lowered(
+    facts: Facts,
+    call: Callable[..., Any],
+    compiled: list[_torch.Compiled],
+    runs: list[UnitRun],
+    outputs: int | None,
+) -> Lowered:
+    start = time.perf_counter()
+    memory = program_profile(facts, compiled[0].program, runs, outputs)
+    seconds = facts.seconds + sum(c.seconds for c in compiled) + time.perf_counter() - start
+    return Lowered(call, memory, seconds)
 
 
 def _renamed(compiled: Unit, unit: Unit) -> dict[str, str]:

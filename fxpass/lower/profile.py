@@ -32,7 +32,7 @@ ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update",
 CUDA_BLOCK = 512  # bytes: the caching allocator rounds every request up to a multiple
 
 
-@dataclass(frozen=True)
+@dataclass
 class Facts:
     """What the step graph knows of its nodes, taken before lowering takes it apart."""
 
@@ -44,6 +44,7 @@ class Facts:
     values: Mapping[str, int]
     sources: Mapping[str, str]
     rounding: int
+    seconds: float = 0.0  # spent on finding them
 
 
 def facts_of(step: StepGraph) -> Facts:
