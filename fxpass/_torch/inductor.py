@@ -29,6 +29,8 @@ from torch.utils._pytree import tree_map_only
 from .fusion import keep_order
 
 CPU_KERNEL_ARGUMENTS = 12
+# What is patched below is not in the key of Inductor's caches: raise the number when it changes.
+CACHE_TAG = "fxpass-2"
 
 
 def compile_graph(
@@ -41,6 +43,7 @@ def compile_graph(
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
     with (
         inductor_config.patch(dict(settings)),
+        torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + CACHE_TAG),
         small_cpu_kernels(),
         keep_order(),
         no_output_strides(),

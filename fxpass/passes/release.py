@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from ..analysis.nodes import nbytes
 from ..analysis.policy import VIEWS, op_name
 from ..analysis.updates import update_groups
 from ..ir.edit import Editor
@@ -15,6 +16,7 @@ from ..ir.graph import Phase, StepGraph, phase, source
 from .base import GraphPass
 
 aten = torch.ops.aten
+MIN_BYTES = 4096  # what is smaller need not be freed early
 # What may move: everything after the backward that made a gradient.
 MOVABLE = (Phase.GRADIENT, Phase.CHECK, Phase.UPDATE)
 
@@ -38,8 +40,7 @@ class Release(GraphPass):
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         order = {n: i for i, n in enumerate(step.graph.nodes)}
-        values = dict.fromkeys([*(v for _, v in step.checked), *step.square_sums.values()])
-        plans = [_plan(order, [value]) for value in values]
+        plans = [_plan(order, [node]) for node in step.nodes() if _reduces_a_gradient(node)]
         if self.skip == "step" and not self.release:
             edit.decline("one verdict over all gradients: every update waits for the last of them")
         else:
@@ -49,6 +50,16 @@ class Release(GraphPass):
                     name = step.names.get(source(group.writes[0]), "?")
                     edit.decline(f"{name}: its update needs no gradient")
         _move(edit, sorted((p for p in plans if p is not None), key=lambda plan: order[plan.anchor]))
+
+
+def _reduces_a_gradient(node: Node) -> bool:
+    """Norms, finite checks and magnitudes: something small made of something large after backward."""
+    inputs = node.all_input_nodes
+    return (
+        phase(node) in (Phase.GRADIENT, Phase.CHECK)
+        and nbytes(node) < MIN_BYTES
+        and any(nbytes(n) >= MIN_BYTES for n in inputs)
+    )
 
 
 @dataclass(frozen=True)
