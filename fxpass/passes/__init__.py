@@ -8,6 +8,7 @@ from .cast import Cast
 from .check_finite import CheckFinite
 from .clip import Clip
 from .decompose import Decompose
+from .delay_wgrad import DelayWgrad
 from .embedding import Embedding
 from .finish import Finish
 from .recompute import Recompute
@@ -30,6 +31,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     Decompose,  # normalisations and softmax of forward, by their parts
     Recompute,  # what costs less again than to keep
     SecondBackward,  # gradients again, after the verdict
+    DelayWgrad,  # input gradients first
     Release,  # each update right behind its gradient
     Finish,  # erase marks and dead nodes
 )
