@@ -7,7 +7,9 @@ stage; it holds no logic of theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +18,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
+from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import LossScaleError
 from .ir.text import to_text
-from .lower.compile import lower
+from .lower.compile import lower, profile_only
 from .options import Options
 from .passes import passes_for
 from .passes.pipeline import PassRecord, run_pipeline
@@ -37,7 +40,8 @@ class GraphRecord:
     after: str
     passes: list[PassRecord]
     unreached: dict[str, str]  # trainable parameter -> why it is not updated
-    seconds: dict[str, float]  # compile time by stage: capture, passes, lower
+    seconds: dict[str, float]  # compile time by stage: capture, passes, lower; memory: part of lower
+    memory: MemoryProfile  # what is alive when, and the peak
 
     def inserted(self) -> dict[str, int]:
         """Nodes inserted per pass."""
@@ -63,6 +67,30 @@ class StepState:
                 if value != value or value == float("inf"):
                     found.append(f"{name}: {'nan' if value != value else 'inf'}")
         return tuple(dict.fromkeys(found))
+
+
+class _Profiled(BaseException):
+    """Ends a compilation of which only the profile was wanted."""
+
+
+_profiles: ContextVar[list[MemoryProfile] | None] = ContextVar("fxpass_profiles", default=None)
+
+
+@contextmanager
+def profiling() -> Iterator[list[MemoryProfile]]:
+    """A compiled step called inside is captured and scheduled, but not compiled and not run.
+
+    The call ends the block, with the step's memory profile in the list.
+    Parameters and inputs may be fake: no data is read or changed.
+    """
+    found: list[MemoryProfile] = []
+    token = _profiles.set(found)
+    try:
+        yield found
+    except _Profiled:
+        pass
+    finally:
+        _profiles.reset(token)
 
 
 def compile_frame(
@@ -151,10 +179,16 @@ class _Compilation:
             names = [by_node.get(leaf, leaf) for leaf in leaves]
             self.state.overflows.append((names, self.overflow))
         after, unreached = to_text(step), checks.unreached(self.record, by_node)
-        compiled = lower(step, inputs, self.options, self.mode)
+        profiles = _profiles.get()
+        if profiles is not None:
+            profiles.append(profile_only(step, inputs, self.options, self.mode))
+            raise _Profiled
+        lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
-        self.state.graphs.append(GraphRecord(before, after, passes, unreached, self.seconds))
-        return compiled
+        self.seconds["memory"] = lowered.seconds
+        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory)
+        self.state.graphs.append(record)
+        return lowered.call
 
     def _cleared(self) -> list[tuple[int, int, int]]:
         return [

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"errors", "runtime"},
     "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale"},
     "lower": {"_torch", "analysis", "errors", "ir", "options"},
-    "compile": {"_torch", "capture", "errors", "ir", "lower", "options", "passes", "runtime"},
+    "compile": {"_torch", "analysis", "capture", "errors", "ir", "lower", "options", "passes", "runtime"},
     "backend": {"_torch", "compile", "errors", "options", "runtime"},
     "cli": {"passes", "__init__"},
     "__init__": {"backend", "compile", "errors", "runtime"},

@@ -11,6 +11,7 @@ from .dynamo_optimizer import optimizer_step as optimizer_step
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
 from .handles import source_name as source_name
+from .inductor import Compiled as Compiled
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -27,40 +28,63 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
 from .fusion import keep_order
+from .schedule import Program, Scratch, program_of, recording, tag_nodes
 
 CPU_KERNEL_ARGUMENTS = 12
-# What is patched below is not in the key of Inductor's caches: raise the number when it changes.
-CACHE_TAG = "fxpass-2"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What Inductor made of a graph: a callable of one list of inputs, which it empties, and its program."""
+
+    call: Callable[..., Any]
+    program: Program
+    seconds: float  # spent on reading the program
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any], static: Sequence[int]
-) -> Callable[..., Any]:
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    settings: Mapping[str, Any],
+    static: Sequence[int],
+    scratch: Scratch,
+    *,
+    dry: bool = False,
+) -> Compiled:
     """Compile ``gm`` for fake ``inputs``; ``static`` are positions whose address never changes.
 
-    The result takes one list of inputs, and empties it.
+    ``scratch`` says how many bytes a library call needs while it runs. With
+    ``dry`` no kernel is compiled: the program alone is of use.
     """
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
     with (
         inductor_config.patch(dict(settings)),
-        torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + CACHE_TAG),
         small_cpu_kernels(),
         keep_order(),
         no_output_strides(),
+        inductor_config.patch(fx_graph_cache=False) if dry else contextlib.nullcontext(),
         V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),
     ):
+        tag_nodes(gm)
         lowered = decompose(gm, inputs)
         joint_graph_passes(lowered)
         from torch._inductor.utils import BoxedBool
 
-        return compile_fx_inner(
-            lowered,
-            list(inputs),
-            cudagraphs=BoxedBool(bool(inductor_config.triton.cudagraphs)),
-            static_input_idxs=list(static),
-            is_inference=True,
-            boxed_forward_device_index=None,
-        )
+        call: Any = _not_compiled
+        with recording(scratch, dry=dry) as recorder:
+            call = compile_fx_inner(
+                lowered,
+                list(inputs),
+                cudagraphs=BoxedBool(bool(inductor_config.triton.cudagraphs)),
+                static_input_idxs=list(static),
+                is_inference=True,
+                boxed_forward_device_index=None,
+            )
+        return Compiled(call, recorder.program or program_of(call), recorder.seconds)
+
+
+def _not_compiled(inputs: list[Any]) -> Any:
+    raise NotImplementedError("only the program was asked for")
 
 
 def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:

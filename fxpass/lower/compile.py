@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import _torch
+from ..analysis.memory import MemoryProfile, graph_profile
+from ..analysis.scratch import scratch
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
-from .outline import call_units, find_units, to_graph, with_units
+from .outline import Unit, call_units, find_units, to_graph, with_units
+from .profile import Facts, UnitRun, facts_of, program_profile
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
@@ -27,38 +32,91 @@ DEFAULTS = {
 }
 
 
-def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
-    """Compile ``step`` as ``options.codegen`` says; the callable takes one list of inputs."""
+@dataclass(frozen=True)
+class Lowered:
+    """A callable of one list of inputs, and what it needs to run."""
+
+    call: Callable[..., Any]
+    memory: MemoryProfile
+    seconds: float  # spent on the memory profile
+
+
+def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
+    """Compile ``step`` as ``options.codegen`` says."""
+    return _lower(step, inputs, options, mode, dry=False)
+
+
+def profile_only(
+    step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None = None
+) -> MemoryProfile:
+    """The memory profile of ``step`` for fake ``inputs``: scheduled and laid out, but no kernel compiled."""
+    return _lower(step, inputs, options, mode, dry=True).memory
+
+
+def _lower(
+    step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None, *, dry: bool
+) -> Lowered:
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
     if options.codegen == "eager":
-        return _eager(step)
+        start = time.perf_counter()
+        memory = graph_profile(step)
+        return Lowered(_eager(step), memory, time.perf_counter() - start)
     settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-    if options.outline == "auto" and on_cpu:
-        return _outlined(step, inputs, settings)
-    return _whole(step, inputs, settings)
+    start = time.perf_counter()
+    facts = facts_of(step)
+    facts.seconds = time.perf_counter() - start
+    units = find_units(step) if options.outline == "auto" and on_cpu else []
+    if units:
+        return _outlined(step, units, facts, inputs, settings, dry)
+    whole = _whole(step, inputs, settings, dry)
+    return _lowered(facts, whole.call, [whole], {})
 
 
-def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
+def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
     step.gm.recompile()
     placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
     static = [i for i, n in enumerate(placeholders) if step.roles[n] is not Role.INPUT]
-    return _torch.compile_graph(step.gm, inputs, settings, static)
+    return _torch.compile_graph(step.gm, inputs, settings, static, scratch, dry=dry)
 
 
-def _outlined(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Callable[..., Any]:
-    units = find_units(step)
-    if not units:
-        return _whole(step, inputs, settings)
-    graphs = {unit.key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for unit in units}
-    call_units(step, units)
-    main = _whole(step, inputs, settings)
+def _outlined(
+    step: StepGraph,
+    units: list[Unit],
+    facts: Facts,
+    inputs: Sequence[Any],
+    settings: Mapping[str, Any],
+    dry: bool,
+) -> Lowered:
+    first = {unit.key: unit for unit in reversed(units)}
+    graphs = {key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for key, unit in first.items()}
+    calls = call_units(step, units)
+    main = _whole(step, inputs, settings, dry)
     compiled = {
-        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)))
+        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)
         for key, (gm, fakes) in graphs.items()
     }
-    return with_units(main, [compiled[unit.key] for unit in units])
+    runs = {
+        call.name: UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
+        for call, unit in zip(calls, units, strict=True)
+    }
+    call = with_units(main.call, [compiled[unit.key].call for unit in units])
+    return _lowered(facts, call, [main, *compiled.values()], runs)
+
+
+def _lowered(
+    facts: Facts, call: Callable[..., Any], compiled: list[_torch.Compiled], runs: Mapping[str, UnitRun]
+) -> Lowered:
+    start = time.perf_counter()
+    memory = program_profile(facts, compiled[0].program, runs)
+    seconds = facts.seconds + sum(c.seconds for c in compiled) + time.perf_counter() - start
+    return Lowered(call, memory, seconds)
+
+
+def _renamed(compiled: Unit, unit: Unit) -> dict[str, str]:
+    """The names of ``unit``'s nodes by those of the unit that is compiled for it."""
+    return {a.name: b.name for a, b in zip(compiled.nodes, unit.nodes, strict=True)}
 
 
 def _eager(step: StepGraph) -> Callable[..., Any]:

@@ -118,8 +118,9 @@ def to_graph(unit: Unit) -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
-def call_units(step: StepGraph, units: list[Unit]) -> None:
-    """Replace the nodes of each unit by one call, where its first write stood."""
+def call_units(step: StepGraph, units: list[Unit]) -> list[Node]:
+    """Replace the nodes of each unit by one call, where its first write stood; returns the calls."""
+    calls = []
     for number, unit in enumerate(units):
         first = next(n for n in unit.nodes if n.target is aten.copy_.default)
         with step.graph.inserting_before(first):
@@ -127,10 +128,12 @@ def call_units(step: StepGraph, units: list[Unit]) -> None:
                 torch.ops.fxpass.update.default, (unit.writes, unit.reads, number)
             )
             call.meta.update(val=None, fxpass_phase=Phase.UPDATE)
+            calls.append(call)
         for node in reversed(unit.nodes):
             if not node.users:
                 step.graph.erase_node(node)
     step.graph.eliminate_dead_code()
+    return calls
 
 
 def with_units(main: Callable[..., Any], units: list[Callable[..., Any]]) -> Callable[..., Any]:

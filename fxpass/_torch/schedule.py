@@ -1,0 +1,278 @@
+"""The program Inductor wrote: which buffers it allocates, frees, reuses, and between which launches.
+
+Written for torch 2.11 to 2.13. Not the FX graph decides what is alive when, but
+the lines of the wrapper that Inductor generates; this reads them, after buffer
+reuse is planned, into a :class:`Program` of plain values. The program travels
+with the compiled graph into Inductor's cache, so a cache hit has one too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+import torch.compiler.config as compiler_config
+from torch._inductor import ir
+from torch._inductor.codegen import wrapper as lines
+from torch._inductor.compile_fx import _InProcessFxCompile
+from torch._inductor.memory import (
+    assign_memory_planning_info_for_scheduler_buffers,
+    estimate_peak_memory,
+    get_freeable_input_buf,
+)
+from torch._inductor.utils import get_dtype_size
+from torch._inductor.virtualized import V
+from torch.fx import GraphModule, Node
+from torch.utils._ordered_set import OrderedSet
+
+ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
+# Part of Inductor's cache key: raise it when Program changes, or what inductor.py and fusion.py patch.
+FORMAT = "fxpass-program-2"
+NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
+
+Scratch = Callable[[Node], sympy.Expr]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One buffer: bytes of its storage, and the step's node that it is the value of ("" if unknown)."""
+
+    name: str
+    size: sympy.Expr
+    dtype: str
+    shape: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """A new storage."""
+
+    block: Block
+
+
+@dataclass(frozen=True)
+class Alias:
+    """``new`` is another name of ``old``'s storage; ``block`` is the value it is reused for, if it is."""
+
+    new: str
+    old: str
+    frees_old: bool
+    block: Block | None = None
+
+
+@dataclass(frozen=True)
+class Free:
+    """A name is deleted; its storage goes with its last name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel or library call; it allocates ``results`` itself, and ``scratch`` bytes while it runs."""
+
+    kernel: str
+    reads: tuple[str, ...]
+    node: str
+    results: tuple[Block, ...] = ()
+    holder: str = ""  # the name of the tuple of results, if it is one
+    scratch: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+
+
+Line = Allocate | Alias | Free | Launch
+
+
+@dataclass(frozen=True)
+class Program:
+    """The lines in order; inputs by position; what is returned; Inductor's own estimate of its peak."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    lines: tuple[Line, ...]
+    estimate: int  # bytes beyond the inputs, at the sizes of the example
+
+
+EMPTY = Program((), (), (), 0)  # of a graph without anything to compute: Inductor makes no program
+
+
+class _Recorded(BaseException):
+    """Ends a compilation once the program is known; no Exception, which Inductor would wrap."""
+
+
+@dataclass
+class _Recorder:
+    scratch: Scratch
+    dry: bool
+    program: Program | None = None
+    seconds: float = 0.0  # spent on reading the program
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("fxpass_recorder", default=None)
+
+
+def tag_nodes(gm: GraphModule) -> None:
+    """Write every node's name where it survives decomposition and Inductor's own passes."""
+    for node in gm.graph.nodes:
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), NODE: node.name}
+
+
+@contextlib.contextmanager
+def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
+    """Record the program of the graph that is compiled inside; ``dry``: stop there, compile nothing."""
+    recorder = _Recorder(scratch, dry)
+    token = _recorder.set(recorder)
+    tag = compiler_config.cache_key_tag
+    passes, compile_ = (
+        lines.PythonWrapperCodegen.run_wrapper_ir_passes,
+        _InProcessFxCompile.codegen_and_compile,
+    )
+
+    def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:
+        passes(self, is_inference)
+        if recorder.program is None:
+            start = time.perf_counter()
+            recorder.program = _read(self, recorder.scratch)
+            recorder.seconds = time.perf_counter() - start
+            if recorder.dry:
+                raise _Recorded
+
+    def codegen_and_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled = compile_(self, *args, **kwargs)
+        setattr(compiled, ATTRIBUTE, recorder.program)
+        return compiled
+
+    try:
+        with (
+            mock.patch.object(lines.PythonWrapperCodegen, "run_wrapper_ir_passes", run_wrapper_ir_passes),
+            mock.patch.object(_InProcessFxCompile, "codegen_and_compile", codegen_and_compile),
+            mock.patch.object(compiler_config, "cache_key_tag", f"{tag} {FORMAT}"),
+        ):
+            yield recorder
+    except _Recorded:
+        pass
+    finally:
+        _recorder.reset(token)
+
+
+def program_of(compiled: Any) -> Program:
+    """The program of what Inductor compiled under :func:`recording`, fresh or from its cache."""
+    return getattr(compiled, ATTRIBUTE, EMPTY)
+
+
+def _read(wrapper: Any, scratch: Scratch) -> Program:
+    graph = V.graph
+    found = [line for source in wrapper.lines if (line := _line(source, scratch)) is not None]
+    return Program(tuple(graph.graph_input_names), tuple(graph.get_output_names()), tuple(found), _estimate())
+
+
+def _estimate() -> int:
+    """What Inductor's own model says the peak is, as its reordering pass would ask."""
+    scheduler, outputs = V.graph.scheduler, OrderedSet(V.graph.get_output_names())
+    freeable = get_freeable_input_buf(scheduler.nodes, OrderedSet(V.graph.graph_inputs))
+    assign_memory_planning_info_for_scheduler_buffers(scheduler.nodes, scheduler.name_to_buf)
+    return int(estimate_peak_memory(scheduler.nodes, freeable, outputs)[0])
+
+
+def _line(line: Any, scratch: Scratch) -> Line | None:
+    """One line of the wrapper; None if it touches no memory."""
+    if isinstance(line, lines.AllocateLine):
+        return Allocate(_block(line.node))
+    if isinstance(line, lines.ReuseLine):
+        return Alias(line.reused_as.get_name(), line.node.get_name(), _deletes(line), _block(line.reused_as))
+    if isinstance(line, lines.ReinterpretLine):
+        return Alias(line.reused_as.get_name(), line.node.get_name(), False)
+    if isinstance(line, lines.FreeIfNotReusedLine):
+        return None if line.is_reused else Free(line.node.get_name())
+    if isinstance(line, lines.FreeLine):
+        return Free(line.node.get_name())
+    if isinstance(line, lines.MultiOutputLine):
+        return Alias(line.result_name, line.arg_name, False)
+    if isinstance(line, lines.KernelCallLine):
+        return Launch(line.kernel_name, _names(line.call_args), "")
+    if isinstance(line, lines.WrapperLine):
+        node = getattr(line, "node", None)
+        return _call(node, scratch) if isinstance(node, ir.ExternKernel) else None
+    return _text(line)
+
+
+def _deletes(line: Any) -> bool:
+    return bool(line.delete_old) and line.node.get_name() not in V.graph.get_output_names()
+
+
+def _call(node: Any, scratch: Scratch) -> Launch:
+    """A library call: what it returns, it allocates, unless an ``out=`` was allocated before."""
+    target = getattr(node, "op_overload", None)
+    origins = [n for n in (node.origin_node, *node.origins) if isinstance(n, Node)]
+    # origin_node may be the node that later wrote into the result in place
+    origin = max((n for n in origins if n.target is target), default=next(iter(origins), None))
+    name = node.get_name()
+    if isinstance(node, (ir.ExternKernelOut, ir.ExternKernelMultiOut)):
+        results: tuple[Block, ...] = ()
+    elif isinstance(node.layout, ir.MultiOutputLayout):
+        results = tuple(_block(o) for o in getattr(node, "outputs", ()) if isinstance(o, ir.MultiOutput))
+    elif isinstance(node, ir.ExternKernelAlloc) and not isinstance(node.layout, ir.NoneLayout):
+        results = (_block(node),)
+    else:
+        results = ()
+    kernel = str(target or node.get_kernel_name())
+    extra = scratch(origin) if isinstance(origin, Node) and origin.op == "call_function" else sympy.Integer(0)
+    reads = tuple(dep.name for dep in node.get_read_writes().reads)
+    return Launch(kernel, reads, _step_node(origin), results, name, extra)
+
+
+def _text(line: Any) -> Launch | None:
+    """A call that was written as text: its result is a known buffer."""
+    match = re.match(r"(\w+) = (\w[\w.]*)\(", line) if isinstance(line, str) else None
+    buffer = V.graph.name_to_buffer.get(match[1]) if match else None
+    if match is None or buffer is None:
+        return None
+    return Launch(match[2], _names(line), _step_node(buffer.origin_node), (_block(buffer),), match[1])
+
+
+def _names(call_args: Sequence[Any] | str) -> tuple[str, ...]:
+    text = call_args if isinstance(call_args, str) else " ".join(map(str, call_args))
+    return tuple(dict.fromkeys(re.findall(r"\b(?:buf\d+|arg\d+_1|primals_\d+|fxpass_\w+)\b", text)))
+
+
+def _block(buffer: Any) -> Block:
+    dtype = buffer.get_dtype()
+    size = V.graph.get_allocation_storage_size(buffer) * get_dtype_size(dtype)
+    shape = getattr(buffer.get_layout(), "size", ())
+    text = "x".join(map(str, shape)) or "scalar"
+    node = _step_node(_origin(buffer))
+    return Block(buffer.get_name(), sympy.sympify(size), str(dtype).removeprefix("torch."), text, node)
+
+
+def _origin(buffer: Any) -> Node | None:
+    """The node whose value the buffer is: of all that were fused into it the last of its dtype and size."""
+    if getattr(buffer, "origin_node", None) is not None:
+        return buffer.origin_node
+    origins = [n for n in getattr(buffer, "origins", ()) or () if isinstance(n, Node)]
+    numel = sympy.prod(getattr(buffer.get_layout(), "size", ()))
+
+    def matches(node: Node) -> bool:
+        value = node.meta.get("val")
+        return (
+            isinstance(value, torch.Tensor)
+            and value.dtype == buffer.get_dtype()
+            and sympy.prod(_expression(s) for s in value.shape) == numel
+        )
+
+    return max(filter(matches, origins), default=None) or max(origins, default=None)
+
+
+def _expression(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _step_node(origin: Any) -> str:
+    return (origin.meta.get("custom") or {}).get(NODE, "") if isinstance(origin, Node) else ""

@@ -1,0 +1,221 @@
+"""What is alive when, in the step graph as it is written.
+
+A storage is what one allocation holds: a value, the views of it, and what is
+written into it in place. It lives from the node that makes it to the last node
+that reads any of its names, as the Python code of the graph frees it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir.graph import Phase, Role, StepGraph, phase
+from ..ir.sizes import numel, storage_bytes
+
+aten = torch.ops.aten
+
+SCALER = "scaler"  # the loss scale, learning rates and what belongs to them
+ROLES = {
+    Role.PARAMETER: "parameter",
+    Role.STATE: "optimizer state",
+    Role.INPUT: "input",
+    Role.LR: SCALER,
+    Role.SCALER: SCALER,
+}
+SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+LATE = (Phase.CHECK, Phase.UPDATE, Phase.GRADIENT, Phase.OUTPUT)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One allocation."""
+
+    name: str  # the node that makes it; with [i] if it is output i of several
+    members: tuple[str, ...]  # the nodes whose values lie in it
+    role: str
+    phase: str
+    size: sympy.Expr  # bytes
+    birth: int  # index of the node that makes it; inputs: -1
+    death: int  # index of the last node that reads it; inputs and outputs: len(nodes)
+    external: bool  # the caller's: an input
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """The storages of a graph whose nodes run in the order of ``nodes``."""
+
+    nodes: tuple[str, ...]
+    phases: tuple[str, ...]
+    storages: tuple[Storage, ...]
+
+
+Slot = int  # index of a storage
+Value = Slot | tuple["Value", ...] | None
+
+
+@dataclass
+class _Open:
+    """A storage whose death is not known yet."""
+
+    node: Node
+    name: str
+    tensor: Tensor
+    birth: int
+    members: list[Node]
+    death: int
+    users: list[Node]
+
+
+def liveness(step: StepGraph) -> Liveness:
+    """The storages of ``step`` and when each lives; linear in the size of the graph."""
+    nodes = [n for n in step.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
+    index = {n: i for i, n in enumerate(nodes)}
+    found: list[_Open] = []
+    values: dict[Node, Value] = {}
+    for node in step.graph.nodes:
+        if node.op == "output":
+            for slot in (s for n in node.all_input_nodes for s in _slots(values.get(n))):
+                found[slot].death = len(nodes)
+                found[slot].users.append(node)
+            continue
+        for slot in {s for n in node.all_input_nodes for s in _slots(values.get(n))}:
+            found[slot].death = max(found[slot].death, index[node])
+            found[slot].users.append(node)
+        values[node] = _value(node, values, found, index.get(node, -1), len(nodes))
+        for slot in set(_slots(values[node])):
+            found[slot].members.append(node)
+            found[slot].death = max(found[slot].death, index.get(node, len(nodes)))
+    roles = _Roles(step)
+    storages = tuple(
+        Storage(
+            s.name,
+            tuple(n.name for n in s.members),
+            roles.of(s),
+            phase(s.node).value,
+            storage_bytes(s.tensor),
+            s.birth,
+            s.death,
+            s.node.op != "call_function",
+        )
+        for s in found
+    )
+    return Liveness(tuple(n.name for n in nodes), tuple(phase(n).value for n in nodes), storages)
+
+
+def _slots(value: Value) -> Iterator[Slot]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _slots(part)
+    elif value is not None:
+        yield value
+
+
+def _value(node: Node, values: Mapping[Node, Value], found: list[_Open], birth: int, end: int) -> Value:
+    """Where the value of ``node`` lies: in storages of its inputs, or in new ones."""
+    if node.target is operator.getitem:
+        source = values[node.args[0]]  # pyright: ignore[reportArgumentType]
+        position = node.args[1]
+        if isinstance(source, tuple) and isinstance(position, int):
+            return source[position]
+        return source
+    shared = aliased_argument(node)
+    if shared is not None:
+        result = node.meta.get("val")
+        slot = values.get(shared)
+        if isinstance(slot, int) and isinstance(result, (list, tuple)):
+            return (slot,) * len(result)  # split, unbind: all parts lie in one storage
+        return slot
+
+    def new(value: object, name: str) -> Value:
+        if isinstance(value, (list, tuple)):
+            return tuple(new(v, f"{name}[{i}]") for i, v in enumerate(value))
+        if not isinstance(value, Tensor):
+            return None
+        death = birth if birth >= 0 else end
+        found.append(_Open(node, name, value, birth, [], death, []))
+        return len(found) - 1
+
+    return new(node.meta.get("val"), node.name)
+
+
+def aliased_argument(node: Node) -> Node | None:
+    """The argument whose storage the result shares, by the operator's schema; None if it is new."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    first = node.args[0] if node.args else None
+    if node.target is aten._unsafe_view.default:  # a view that hides it from autograd
+        return first if isinstance(first, Node) else None
+    if node.target is aten.reshape.default:
+        return first if isinstance(first, Node) and _views(first, node) else None
+    schema = node.target._schema
+    for result in schema.returns:
+        if result.alias_info is None:
+            continue
+        for position, argument in enumerate(schema.arguments):
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            info = argument.alias_info
+            if info is None or not isinstance(given, Node):
+                continue
+            # a list of views is written Tensor(a -> *) self -> Tensor(a)[], and keeps no name for the list
+            if info.before_set & result.alias_info.before_set or "*" in info.after_set:
+                return given
+    return None
+
+
+def _views(source: Node, node: Node) -> bool:
+    """Whether a reshape needs no copy."""
+    try:
+        source.meta["val"].view(node.meta["val"].shape)
+    except (RuntimeError, ValueError):  # the latter from fake tensors
+        return False
+    return True
+
+
+class _Roles:
+    """Names what a storage is for."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.step = step
+        self.casts = weight_casts(step)
+
+    def of(self, storage: _Open) -> str:
+        node = storage.node
+        if node.op != "call_function":
+            return ROLES[self.step.roles[node]] if node in self.step.roles else "input"
+        if any(user.op == "output" for user in storage.users):
+            return "output"
+        late = {phase(user) for user in storage.users}
+        if phase(node) in (Phase.BACKWARD, Phase.GRADIENT) and late & set(LATE) and storage.tensor.ndim:
+            return f"{SHORT.get(storage.tensor.dtype, 'other')} gradient"
+        if node in self.casts:
+            return "cast weight"
+        if phase(node) is Phase.FORWARD and late & {Phase.BACKWARD, *LATE}:
+            return "saved activation"
+        return "temporary"
+
+
+def weight_casts(step: StepGraph) -> set[Node]:
+    """Nodes that are one parameter in another dtype or layout, wherever they are computed."""
+    weights = {n: numel(n.meta["val"]) for n, role in step.roles.items() if role is Role.PARAMETER}
+    casts: set[Node] = set()
+    for node in step.nodes():
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or phase(node) not in (Phase.FORWARD, Phase.BACKWARD):
+            continue
+        large = [n for n in node.all_input_nodes if _ndim(n) != 0]
+        if len(large) == 1 and large[0] in weights and numel(value) == weights[large[0]]:
+            weights[node] = weights[large[0]]
+            casts.add(node)
+    return casts
+
+
+def _ndim(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.ndim if isinstance(value, Tensor) else -1

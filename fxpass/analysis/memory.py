@@ -1,0 +1,292 @@
+"""Bytes over one training step: what is alive at every moment, where the peak is, and why.
+
+One type for two views: the graph as written (:func:`graph_profile`, what
+``codegen="eager"`` runs) and the program Inductor made of it
+(fxpass/lower/profile.py). Sizes are sympy expressions, so a step captured with
+symbolic sizes answers for sizes it has never run with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir.graph import Role, StepGraph
+from ..ir.sizes import expression
+from .liveness import Liveness, liveness
+from .scratch import scratch
+
+PHI = sympy.Symbol("Phi", integer=True, positive=True)
+PROPORTIONAL = (
+    "parameter",
+    "optimizer state",
+    "cast weight",
+    "fp16 gradient",
+    "bf16 gradient",
+    "fp32 gradient",
+)
+DIMENSIONS = {"batch": 0, "seq": 1, "length": 1}  # what people call the first dimensions of their inputs
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One node of the graph, or one kernel launch."""
+
+    index: int
+    name: str
+    phase: str
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """One allocation, alive from moment ``birth`` to moment ``death``, both included."""
+
+    name: str
+    node: str  # the node of the step graph whose value it is; "" if unknown
+    role: str
+    phase: str
+    dtype: str
+    shape: str
+    where: str  # line of the user's code, "file.py:12"; "" if unknown
+    size: sympy.Expr  # bytes
+    bytes: int  # size at the sizes of this profile
+    birth: int  # -1: there before the step
+    death: int  # number of moments: there after it
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment with the most bytes, and what is alive then, largest first."""
+
+    moment: Moment
+    bytes: int
+    live: list[LiveTensor]
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """Every allocation of one step, inputs included.
+
+    ``values`` are the symbolic sizes this profile stands for, ``sources`` where
+    each comes from, such as ``x.shape[0]``.
+    """
+
+    moments: tuple[Moment, ...]
+    tensors: tuple[LiveTensor, ...]
+    parameters: int
+    values: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    estimate: int = 0  # Inductor's own, bytes beyond the inputs; 0 if it did not say
+
+    def live(self, moment: int) -> list[LiveTensor]:
+        """What is alive at a moment, largest first."""
+        alive = [t for t in self.tensors if t.birth <= moment <= t.death and t.bytes]
+        return sorted(alive, key=lambda t: -t.bytes)
+
+    def by_role(self, moment: int) -> dict[str, int]:
+        """Bytes alive at a moment, by role."""
+        return dict(self.timeline()[moment])
+
+    def timeline(self) -> list[dict[str, int]]:
+        """``by_role`` of every moment."""
+        return self._timeline
+
+    @cached_property
+    def _timeline(self) -> list[dict[str, int]]:
+        changes: list[dict[str, int]] = [{} for _ in range(len(self.moments) + 1)]
+        for t in self.tensors:
+            first, last = max(t.birth, 0), min(t.death + 1, len(self.moments))
+            changes[first][t.role] = changes[first].get(t.role, 0) + t.bytes
+            changes[last][t.role] = changes[last].get(t.role, 0) - t.bytes
+        now: dict[str, int] = {}
+        found = []
+        for change in changes[:-1]:
+            for role, size in change.items():
+                now[role] = now.get(role, 0) + size
+            found.append({role: size for role, size in now.items() if size})
+        return found
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Bytes alive at every moment."""
+        return [sum(roles.values()) for roles in self._timeline]
+
+    @property
+    def persistent(self) -> int:
+        """Bytes that are there before the step: parameters, optimizer state, inputs."""
+        return sum(t.bytes for t in self.tensors if t.birth < 0)
+
+    @property
+    def transient(self) -> int:
+        """Bytes that the step adds at its peak."""
+        return self.peak.bytes - self.persistent
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The moment with the most bytes."""
+        return self._peak(range(len(self.moments)))
+
+    def peak_of(self, phase: str) -> Peak | None:
+        """The peak among the moments of one phase; None if it has none."""
+        moments = [m.index for m in self.moments if m.phase == phase]
+        return self._peak(moments) if moments else None
+
+    def _peak(self, moments: Iterable[int]) -> Peak:
+        at = max(moments, key=self.totals.__getitem__, default=None)
+        if at is None:  # a graph that computes nothing
+            return Peak(Moment(0, "", "input"), self.persistent, self.live(0))
+        return Peak(self.moments[at], self.totals[at], self.live(at))
+
+    @property
+    def expression(self) -> sympy.Expr:
+        """The bytes at this peak, in Phi (the number of parameters) and the symbolic sizes.
+
+        What is as large as the parameters, or as some of them, is counted in
+        hundredths of a byte per parameter; the constant is what remains.
+        """
+        return self.expression_of(self.peak)
+
+    def expression_of(self, peak: Peak) -> sympy.Expr:
+        """Like :attr:`expression`, for any moment."""
+        counted = sum(t.bytes for t in peak.live if t.role in PROPORTIONAL and not t.size.free_symbols)
+        rest = [t.size for t in peak.live if t.role not in PROPORTIONAL or t.size.free_symbols]
+        hundredths = 100 * counted // max(self.parameters, 1)
+        constant = counted - sympy.Rational(hundredths * self.parameters, 100)
+        return sympy.Rational(hundredths, 100) * PHI + sympy.expand(sympy.Add(*rest, constant))
+
+    def at(self, **sizes: int) -> MemoryProfile:
+        """The same program at other sizes: by the names of :attr:`symbols`, or batch, seq.
+
+        Raises:
+            KeyError: no such symbolic size; says which there are.
+        """
+        values = {**self.values, **{self._symbol(name): size for name, size in sizes.items()}}
+        known: dict[sympy.Expr, int] = {}
+        for size in {t.size for t in self.tensors}:
+            known[size] = evaluate(size, values)
+        tensors = tuple(replace(t, bytes=known[t.size]) for t in self.tensors)
+        return replace(self, tensors=tensors, values=values)
+
+    def _symbol(self, name: str) -> str:
+        if name in self.values:
+            return name
+        dimension = DIMENSIONS.get(name)
+        found = [s for s, source in self.sources.items() if source.endswith(f".shape[{dimension}]")]
+        if dimension is not None and len(found) == 1:
+            return found[0]
+        known = ", ".join(f"{k} ({v})" for k, v in self.symbols.items())
+        raise KeyError(
+            f"no symbolic size {name!r}; there are: {known or 'none, capture with dynamic shapes'}"
+        )
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """What each symbolic size is, and its value here: ``{"s0": "x.shape[0] = 8"}``."""
+        return {s: f"{self.sources.get(s, '?')} = {value}" for s, value in self.values.items()}
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        peak = self.peak
+        return {
+            "parameters": self.parameters,
+            "peak": {"bytes": peak.bytes, "moment": peak.moment.name, "phase": peak.moment.phase},
+            "expression": str(self.expression),
+            "symbols": self.symbols,
+            "estimate": self.estimate,
+            "moments": [{"name": m.name, "phase": m.phase} for m in self.moments],
+            "tensors": [{**vars(t), "size": str(t.size)} for t in self.tensors],
+        }
+
+
+def evaluate(size: sympy.Expr, values: Mapping[str, int]) -> int:
+    """``size`` in bytes where each symbol has the value of its name."""
+    if not size.is_Integer:
+        size = size.subs({s: sympy.Integer(values[str(s)]) for s in size.free_symbols})
+    return int(size)
+
+
+def symbol_values(step: StepGraph) -> tuple[dict[str, int], dict[str, str]]:
+    """The symbolic sizes among the inputs of ``step``: their example values, and where they come from."""
+    values: dict[str, int] = {}
+    sources: dict[str, str] = {}
+    for node in step.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        sizes = list(value.shape) if isinstance(value, Tensor) else [value]
+        for position, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt) and (symbol := expression(size)).is_Symbol:
+                values[str(symbol)] = size.node.hint
+                name = step.names.get(node) or node.name
+                if isinstance(value, Tensor) and ".shape" not in sources.get(str(symbol), ""):
+                    sources[str(symbol)] = f"{name}.shape[{position}]"
+                sources.setdefault(str(symbol), name)
+    return values, sources
+
+
+def graph_profile(step: StepGraph) -> MemoryProfile:
+    """The profile of ``step`` run node by node, as it is written."""
+    alive = liveness(step)
+    nodes = {n.name: n for n in step.graph.nodes}
+    values, sources = symbol_values(step)
+    moments = tuple(Moment(i, n, p) for i, (n, p) in enumerate(zip(alive.nodes, alive.phases, strict=True)))
+    tensors = [*_tensors(alive, nodes, step, values), *_scratch(alive, nodes, values)]
+    return MemoryProfile(moments, tuple(tensors), parameter_count(step), values, sources)
+
+
+def _tensors(
+    alive: Liveness, nodes: Mapping[str, Node], step: StepGraph, values: Mapping[str, int]
+) -> Iterable[LiveTensor]:
+    for s in alive.storages:
+        node = nodes[s.members[0]]
+        value = node.meta["val"]
+        tensor = value if isinstance(value, Tensor) else value[int(s.name.rpartition("[")[2][:-1])]
+        yield LiveTensor(
+            step.names.get(node, s.name),
+            node.name,
+            s.role,
+            s.phase,
+            str(tensor.dtype).removeprefix("torch."),
+            "x".join(map(str, tensor.shape)) or "scalar",
+            user_line(node),
+            s.size,
+            evaluate(s.size, values),
+            s.birth,
+            s.death,
+        )
+
+
+def _scratch(alive: Liveness, nodes: Mapping[str, Node], values: Mapping[str, int]) -> Iterable[LiveTensor]:
+    for index, name in enumerate(alive.nodes):
+        node = nodes[name]
+        size = scratch(node)
+        if size != 0:
+            yield scratch_tensor(name, name, alive.phases[index], size, evaluate(size, values), index)
+
+
+def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, value: int, index: int) -> LiveTensor:
+    """What a library call allocates and frees inside."""
+    role = "temporary"
+    return LiveTensor(
+        f"scratch of {name}", node, role, phase, "uint8", str(size), "", size, value, index, index
+    )
+
+
+def parameter_count(step: StepGraph) -> int:
+    """Phi: elements of the parameters that the step's optimizers update."""
+    weights = [n.meta["val"] for n, role in step.roles.items() if role is Role.PARAMETER]
+    return sum(int(w.numel()) for w in weights)
+
+
+def user_line(node: Node) -> str:
+    """The last line of the user's code in a node's stack trace, ``file.py:12``."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not lines:
+        return ""
+    path, _, rest = lines[-1].strip().removeprefix('File "').partition('", line ')
+    return f"{path.replace(chr(92), '/').rpartition('/')[2]}:{rest.partition(',')[0]}"

@@ -1,0 +1,38 @@
+"""Sizes as sympy expressions: an int is a constant, a symbolic size stays a symbol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+import torch
+from torch import Tensor
+
+
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """``size`` as sympy sees it."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def product(sizes: Iterable[int | torch.SymInt]) -> sympy.Expr:
+    """The product of ``sizes``."""
+    total = sympy.Integer(1)
+    for size in sizes:
+        total = total * expression(size)
+    return total
+
+
+def numel(value: Tensor) -> sympy.Expr:
+    """How many elements a tensor has."""
+    return product(value.shape)
+
+
+def storage_bytes(value: Tensor) -> sympy.Expr:
+    """Bytes that a tensor of this size and these strides needs, as freshly allocated."""
+    shape, strides = list(value.shape), list(value.stride())
+    if any(isinstance(s, int) and s == 0 for s in shape):
+        return sympy.Integer(0)
+    last = sum(
+        ((expression(n) - 1) * expression(s) for n, s in zip(shape, strides, strict=True)), sympy.Integer(0)
+    )
+    return sympy.expand((last + 1) * value.dtype.itemsize)

@@ -1,0 +1,226 @@
+"""The memory profile of what Inductor made of a step: one program, or one and its update units.
+
+Replays the lines of each :class:`Program`: names hold storages, a storage goes
+with its last name, a launch is a moment. Roles come from the step graph where
+a buffer is a value of it, and from what the program does with the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import sympy
+from torch import Tensor
+
+from .._torch.schedule import Alias, Allocate, Block, Free, Launch, Program
+from ..analysis.liveness import liveness
+from ..analysis.memory import (
+    LiveTensor,
+    MemoryProfile,
+    Moment,
+    evaluate,
+    parameter_count,
+    scratch_tensor,
+    symbol_values,
+    user_line,
+)
+from ..ir.graph import StepGraph, phase
+from ..ir.sizes import storage_bytes
+
+ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "output")
+CUDA_BLOCK = 512  # bytes: the caching allocator rounds every request up to a multiple
+
+
+@dataclass
+class Facts:
+    """What the step graph knows of its nodes, taken before lowering takes it apart."""
+
+    roles: Mapping[str, str]
+    phases: Mapping[str, str]
+    lines: Mapping[str, str]
+    inputs: tuple[LiveTensor, ...]
+    parameters: int
+    values: Mapping[str, int]
+    sources: Mapping[str, str]
+    rounding: int
+    seconds: float = 0.0  # spent on finding them
+
+
+def facts_of(step: StepGraph) -> Facts:
+    """The facts of a step graph that is about to be lowered."""
+    alive = liveness(step)
+    roles = {member: s.role for s in alive.storages for member in s.members[::-1]}
+    values, sources = symbol_values(step)
+    inputs = []
+    storages = {s.name: s for s in alive.storages}
+    placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
+    for node in placeholders:
+        value = node.meta["val"]
+        size = storage_bytes(value) if isinstance(value, Tensor) else sympy.Integer(0)
+        role = storages[node.name].role if node.name in storages else "input"
+        dtype = str(getattr(value, "dtype", "int")).removeprefix("torch.")
+        shape = "x".join(map(str, getattr(value, "shape", ()))) or "scalar"
+        name = step.names.get(node) or node.name
+        inputs.append(
+            LiveTensor(name, node.name, role, "input", dtype, shape, "", size, evaluate(size, values), -1, 0)
+        )
+    tensors = [n.meta["val"] for n in placeholders if isinstance(n.meta["val"], Tensor)]
+    rounding = CUDA_BLOCK if any(t.device.type == "cuda" for t in tensors) else 1
+    return Facts(
+        roles,
+        {n.name: phase(n).value for n in step.graph.nodes},
+        {n.name: user_line(n) for n in step.graph.nodes},
+        tuple(inputs),
+        parameter_count(step),
+        values,
+        sources,
+        rounding,
+    )
+
+
+@dataclass(frozen=True)
+class UnitRun:
+    """One run of an update unit: its program, and its nodes' names in the step."""
+
+    program: Program
+    names: Mapping[str, str]
+
+
+def program_profile(facts: Facts, main: Program, units: Mapping[str, UnitRun]) -> MemoryProfile:
+    """The profile of ``main``; ``units`` are what its calls of updates run, by the name of the call."""
+    replay = _Replay(facts, units)
+    replay.run(main, {})
+    return replay.finish(main.estimate)
+
+
+class _Slot:
+    """A storage while the program runs: how many names hold it."""
+
+    __slots__ = ("birth", "block", "count", "death")
+
+    def __init__(self, block: Block, birth: int) -> None:
+        self.block, self.birth, self.count = block, birth, 0
+        self.death: int | None = None
+
+
+class _Replay:
+    """Runs programs on names instead of tensors."""
+
+    def __init__(self, facts: Facts, units: Mapping[str, UnitRun]) -> None:
+        self.facts, self.units = facts, units
+        self.moments: list[Moment] = []
+        self.slots: list[_Slot] = []
+        self.scratch: list[LiveTensor] = []
+        self.phase = "forward"
+
+    def run(self, program: Program, names: Mapping[str, str]) -> None:
+        """Replay one program; the storages of its results stay held."""
+        held: dict[str, list[_Slot]] = {}
+        fresh: list[Block] = []
+        for line in program.lines:
+            if isinstance(line, Allocate):
+                self.hold(held, line.block.name, [self.new(line.block, names)])
+                fresh.append(line.block)
+            elif isinstance(line, Alias):
+                self.alias(held, line)
+                fresh += [line.block] if line.block else []
+            elif isinstance(line, Free):
+                self.drop(held.pop(line.name, []))
+            elif line.node in self.units:  # what it reads is held here until the call is over
+                self.run(self.units[line.node].program, self.units[line.node].names)
+            else:
+                self.launch(held, line, [*fresh, *line.results], names)
+                fresh = []
+        for slot in [s for name in program.outputs for s in held.get(name, [])]:
+            slot.count += 1
+        for slots in held.values():
+            self.drop(slots)
+
+    def new(self, block: Block, names: Mapping[str, str]) -> _Slot:
+        slot = _Slot(replace(block, node=names.get(block.node, block.node)), len(self.moments))
+        self.slots.append(slot)
+        return slot
+
+    def hold(self, held: dict[str, list[_Slot]], name: str, slots: list[_Slot]) -> None:
+        for slot in slots:
+            slot.count += 1
+        self.drop(held.pop(name, []))
+        held[name] = slots
+
+    def drop(self, slots: list[_Slot]) -> None:
+        for slot in slots:
+            slot.count -= 1
+            if slot.count == 0:
+                slot.death = max(slot.birth, len(self.moments) - 1)
+
+    def alias(self, held: dict[str, list[_Slot]], line: Alias) -> None:
+        slots = held.get(line.old, [])
+        own = [s for s in slots if s.block.name == line.new]
+        self.hold(held, line.new, own or slots)
+        if line.frees_old:
+            self.drop(held.pop(line.old, []))
+
+    def launch(
+        self, held: dict[str, list[_Slot]], line: Launch, made: list[Block], names: Mapping[str, str]
+    ) -> None:
+        index = len(self.moments)
+        nodes = [names.get(n, n) for n in (line.node, *(b.node for b in made)) if n]
+        phases = [self.facts.phases[n] for n in nodes if n in self.facts.phases]
+        if phases:
+            self.phase = max(phases, key=ORDER.index)
+        elif names:
+            self.phase = "update"
+        if line.results:
+            self.hold(held, line.holder, [self.new(b, names) for b in line.results])
+        self.moments.append(Moment(index, line.kernel, self.phase))
+        size = line.scratch
+        if size != 0:
+            value = evaluate(size, self.facts.values)
+            node = nodes[0] if nodes else ""
+            self.scratch.append(scratch_tensor(line.kernel, node, self.phase, size, value, index))
+
+    def finish(self, estimate: int) -> MemoryProfile:
+        facts, end = self.facts, len(self.moments)
+        inputs = [replace(t, death=end) for t in facts.inputs]
+        tensors = [self.tensor(slot, end) for slot in self.slots]
+        return MemoryProfile(
+            tuple(self.moments),
+            (*inputs, *tensors, *self.scratch),
+            facts.parameters,
+            facts.values,
+            facts.sources,
+            estimate,
+        )
+
+    def tensor(self, slot: _Slot, end: int) -> LiveTensor:
+        facts, block = self.facts, slot.block
+        birth = min(slot.birth, end - 1)
+        death = end if slot.death is None else slot.death
+        size = block.size
+        if facts.rounding > 1:
+            size = sympy.ceiling(size / facts.rounding) * facts.rounding
+        born = self.moments[birth].phase if self.moments else "forward"
+        return LiveTensor(
+            block.node or block.name,
+            block.node,
+            self.role(slot, born, death),
+            born,
+            block.dtype,
+            block.shape,
+            facts.lines.get(block.node, ""),
+            size,
+            evaluate(size, facts.values),
+            birth,
+            death,
+        )
+
+    def role(self, slot: _Slot, born: str, death: int) -> str:
+        """The role of the node it is the value of, corrected by when the program really drops it."""
+        role = self.facts.roles.get(slot.block.node, "temporary")
+        if death >= len(self.moments):
+            return "output"
+        if role in ("temporary", "saved activation"):
+            later = self.moments[max(death, 0)].phase
+            return "saved activation" if born == "forward" and later != "forward" else "temporary"
+        return role
