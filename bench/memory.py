@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 BASELINE = "compiled-amp"
 BATCHES, STEPS = 4, 3
+ENOUGH = 30.0  # seconds of timed steps
 MOMENTS = ("end of forward", "end of backward", "update")
-PHASES = {"end of forward": "forward", "end of backward": "backward", "update": "update"}
 
 
 @dataclass
@@ -88,7 +88,9 @@ def measured(
     parameters = models.parameter_count(model)
     del model
     first = measure.timed(runner, device)
-    seconds = [measure.timed(runner, device) for _ in range(STEPS)]
+    seconds = [measure.timed(runner, device)]
+    while len(seconds) < STEPS and sum(seconds) < ENOUGH:
+        seconds.append(measure.timed(runner, device))
     result = Result(name, size, tokens, parameters, _persistent(runner.contender), first_call_s=first)
     result.step_ms = measure.median_ms(seconds)
     whole_step = name in MODES
@@ -132,13 +134,11 @@ def _read_profile(result: Result, contender: Contender) -> None:
     profile = fxpass.of(contender.step).graphs[-1].memory
     assert profile is not None, "a training step has a profile"
     result.predicted = profile.transient
-    for moment, phase in PHASES.items():
-        last = [m.index for m in profile.moments if m.phase == phase]
-        if not last:
-            continue
-        peak = profile.peak_of(phase)
-        total = profile.totals[last[-1]] if moment != "update" or peak is None else peak.bytes
-        result.moments[moment] = total - profile.persistent
+    backward = [m.index for m in profile.moments if m.phase == "backward"]
+    update = profile.peak_of("update")
+    if backward and update:
+        totals = (profile.totals[backward[0] - 1], profile.totals[backward[-1]], update.bytes)
+        result.moments = {m: t - profile.persistent for m, t in zip(MOMENTS, totals, strict=True)}
     roles: dict[str, int] = {}
     for tensor in profile.peak.live:
         role = _ROLES.get(tensor.role, tensor.role)

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 
 CALL, BACKWARD, UPDATE = "bench::call", "bench::backward", "bench::update"
@@ -102,8 +103,8 @@ def _moments_marked() -> Iterator[None]:
         updates.pop().__exit__(None, None, None)
 
     hooks = [
-        torch.optim.optimizer.register_optimizer_step_pre_hook(before),
-        torch.optim.optimizer.register_optimizer_step_post_hook(after),
+        register_optimizer_step_pre_hook(before),
+        register_optimizer_step_post_hook(after),
     ]
     try:
         with mock.patch.object(torch.Tensor, "backward", marked):

@@ -7,7 +7,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from .nodes import nbytes
+from .nodes import nbytes, size_hint
 from .policy import VIEWS, op_name
 
 # Only the ratio matters: how many floating point operations take as long as moving one byte.
@@ -52,4 +52,4 @@ def flops(node: Node) -> float:
     if count is None:
         return 0.0
     values = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
-    return float(count(*values[0], **values[1], out_val=node.meta["val"]))
+    return float(size_hint(count(*values[0], **values[1], out_val=node.meta["val"])))

@@ -9,6 +9,7 @@ from ..ir.graph import is_float, source, tensor
 from .policy import VIEWS, op_name
 
 aten = torch.ops.aten
+LARGE = 4096  # bytes
 
 
 def is_cast(node: Node, dtype: torch.dtype) -> bool:
@@ -42,6 +43,13 @@ def nbytes(node: Node) -> int:
     if not isinstance(value, torch.Tensor):
         return 0
     return int(size_hint(value.numel())) * value.dtype.itemsize
+
+
+def is_large(node: Node) -> bool:
+    """Whether a tensor is worth a decision about memory; one of symbolic size may always become so."""
+    value = node.meta.get("val")
+    symbolic = isinstance(value, torch.Tensor) and isinstance(value.numel(), torch.SymInt)
+    return symbolic or nbytes(node) >= LARGE
 
 
 def size_hint(size: int | torch.SymInt) -> int:

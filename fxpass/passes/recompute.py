@@ -11,13 +11,12 @@ import torch
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic, is_pointwise, seconds
-from ..analysis.nodes import nbytes, storage_of
+from ..analysis.nodes import is_large, nbytes, storage_of
 from ..analysis.policy import VIEWS, op_name
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
 from .base import GraphPass
 
-MIN_BYTES = 4096  # smaller values are not worth a decision
 # How many large values one recomputation may start from. A residual stream is a chain of sums:
 # without a bound its last sum would be recomputed from all of them, which then live at once.
 MAX_LEAVES = 2
@@ -152,11 +151,7 @@ def _read_by_backward(step: StepGraph) -> Iterator[Node]:
     for node in step.nodes():
         if phase(node) is Phase.BACKWARD:
             for value in map(storage_of, node.all_input_nodes):
-                if (
-                    value.op == "call_function"
-                    and phase(value) is Phase.FORWARD
-                    and nbytes(value) >= MIN_BYTES
-                ):
+                if value.op == "call_function" and phase(value) is Phase.FORWARD and is_large(value):
                     yield value
 
 

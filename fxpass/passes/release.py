@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.nodes import nbytes
+from ..analysis.nodes import is_large
 from ..analysis.policy import VIEWS, op_name
 from ..analysis.updates import update_groups
 from ..ir.edit import Editor
@@ -16,7 +16,6 @@ from ..ir.graph import Phase, StepGraph, phase, source
 from .base import GraphPass
 
 aten = torch.ops.aten
-MIN_BYTES = 4096  # what is smaller need not be freed early
 # What may move: everything after the backward that made a gradient.
 MOVABLE = (Phase.GRADIENT, Phase.CHECK, Phase.UPDATE)
 
@@ -55,11 +54,7 @@ class Release(GraphPass):
 def _reduces_a_gradient(node: Node) -> bool:
     """Norms, finite checks and magnitudes: something small made of something large after backward."""
     inputs = node.all_input_nodes
-    return (
-        phase(node) in (Phase.GRADIENT, Phase.CHECK)
-        and nbytes(node) < MIN_BYTES
-        and any(nbytes(n) >= MIN_BYTES for n in inputs)
-    )
+    return phase(node) in (Phase.GRADIENT, Phase.CHECK) and not is_large(node) and any(map(is_large, inputs))
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from typing import ClassVar
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic
-from ..analysis.nodes import nbytes
+from ..analysis.nodes import is_large
 from ..analysis.policy import VIEWS, op_name
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import MARK, SEED
 from .base import GraphPass
 
-MIN_BYTES = 4096  # a smaller value of the first backward is kept instead
 AGAIN = (Phase.BACKWARD, Phase.GRADIENT)
 
 
@@ -65,7 +64,7 @@ class SecondBackward(GraphPass):
 
 
 def _large(user: Node) -> list[Node]:
-    return [n for n in user.all_input_nodes if phase(n) in AGAIN and nbytes(n) >= MIN_BYTES]
+    return [n for n in user.all_input_nodes if phase(n) in AGAIN and is_large(n)]
 
 
 def _behind(values: list[Node]) -> set[Node]:
@@ -84,7 +83,7 @@ def _behind(values: list[Node]) -> set[Node]:
 def _repeats(node: Node) -> bool:
     if node.target is MARK:
         return True
-    tensors = nbytes(node) >= MIN_BYTES or not hasattr(node.meta["val"], "shape")
+    tensors = is_large(node) or not hasattr(node.meta["val"], "shape")
     return is_deterministic(node) and (tensors or op_name(node.target) in VIEWS)
 
 
