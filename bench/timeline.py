@@ -49,7 +49,7 @@ def timeline_of_call(call: Callable[[], object], *, eager_step: bool) -> Timelin
     Only an eager step passes through `Tensor.backward` and `Optimizer.step`, and has moments.
     """
     marked = _moments_marked() if eager_step else nullcontext()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, marked:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded, marked:
         call()
         with record_function(CALL):
             call()
