@@ -48,7 +48,7 @@ def peak_of_call(call: Callable[[], object], device: torch.device) -> Peak:
     gc.collect()
     if device.type == "cuda":
         return _cuda_peak(call, device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         call()
         with record_function(_MARK):
             call()

@@ -102,8 +102,8 @@ def o2_drop(model: nn.Module, recipe: Recipe) -> Contender:
     return _o2(model, recipe, keep=False)
 
 
-def ours(model: nn.Module, recipe: Recipe) -> Contender:
-    """Train with an ordinary float32 step, compiled by fxpass."""
+def ours(model: nn.Module, recipe: Recipe, **chosen: Any) -> Contender:
+    """Train with an ordinary float32 step, compiled by fxpass with the options ``chosen``."""
     optimizer = recipe.adamw(list(model.parameters()))
 
     def train_step(x: Tensor, y: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def ours(model: nn.Module, recipe: Recipe) -> Contender:
         optimizer.zero_grad()
         return loss.detach()
 
-    options: dict[str, Any] = {"max_norm": recipe.max_norm}
+    options: dict[str, Any] = {"max_norm": recipe.max_norm, **chosen}
     if recipe.dtype is not torch.float16:
         options["dtype"] = recipe.dtype
     step = torch.compile(train_step, backend="mixedprec", options=options)
@@ -125,6 +125,14 @@ def ours(model: nn.Module, recipe: Recipe) -> Contender:
 
     return Contender(step, model, optimizer, compiled=True, scale=scale)
 
+
+# What fxpass offers for memory. Without a global norm gradients need not wait for one another.
+MODES: dict[str, dict[str, Any]] = {
+    "fxpass": {},
+    "fxpass release": {"release": True},
+    "fxpass tensor": {"skip": "tensor", "max_norm": None},
+    "fxpass budget": {"memory_budget": 0.3},
+}
 
 PEERS: dict[str, Factory] = {
     "eager-amp": eager_amp,

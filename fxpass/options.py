@@ -40,7 +40,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "norm_type": (lambda v: v == math.inf or (_number(v) and v == 2.0), "2.0 or inf"),
     "clip_value": _positive,
     "grads": _choice("drop", "keep"),
-    "skip": _choice("step"),
+    "skip": _choice("step", "tensor"),
+    "release": _choice(False, True),
+    "memory_budget": (
+        lambda v: v is None or (_number(v) and 0 <= v <= 1),
+        "None or a number from 0 to 1: the share of activation bytes that may stay alive",
+    ),
     "outline": _choice("auto", "off"),
     "keep_fp32": (
         lambda v: isinstance(v, tuple) and all(isinstance(p, str) for p in v),
@@ -70,6 +75,8 @@ class Options:
     clip_value: float | None = None
     grads: str = "drop"
     skip: str = "step"
+    release: bool = False
+    memory_budget: float | None = None
     outline: str = "auto"
     keep_fp32: tuple[str, ...] = ()
     verify: bool = True
@@ -90,6 +97,23 @@ class Options:
             value = getattr(self, name)
             if not ok(value):
                 raise OptionError(f"option {name}={value!r}: allowed is {allowed}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise for settings that contradict each other."""
+        if self.skip == "tensor" and self.max_norm is not None:
+            found = (
+                f"option skip='tensor' with max_norm={self.max_norm:g}: the global norm is known only when "
+            )
+            found += "all gradients are there, and skip='tensor' frees each before the next is computed"
+            hint = "use release=True (exact norm and skip, a second backward), clip_value, or skip='step'"
+            raise OptionError(found, hint=hint)
+        if self.release and self.skip == "tensor":
+            hint = "drop release: skip='tensor' already frees each gradient at once"
+            raise OptionError("option release=True with skip='tensor'", hint=hint)
+        if self.release and self.grads == "keep":
+            hint = "drop one of them: gradients that are kept for the user cannot be released"
+            raise OptionError("option release=True with grads='keep'", hint=hint)
 
     @property
     def policy(self) -> LossScale | None:

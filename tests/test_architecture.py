@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"ir", "errors"},
     "runtime": {"errors"},
     "options": {"errors", "runtime"},
-    "passes": {"ir", "analysis", "errors", "options", "runtime.scale"},
+    "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale"},
     "lower": {"_torch", "analysis", "errors", "ir", "options"},
     "record": {"analysis", "passes"},
     "logs": {"record"},

@@ -34,10 +34,13 @@ from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
-FORMAT = "fxpass-program-1"  # part of Inductor's cache key: raise it when Program changes
+# Part of Inductor's cache key: raise it when Program changes, or what inductor.py and fusion.py patch.
+FORMAT = "fxpass-program-2"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]
+_OUT_KERNELS = ("ExternKernelOut", "ExternKernelMultiOut")  # the second since torch 2.12
+_WRITES_OUT = tuple(getattr(ir, name) for name in _OUT_KERNELS if hasattr(ir, name))
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def _call(node: Any, scratch: Scratch) -> Launch:
     # origin_node may be the node that later wrote into the result in place
     origin = max((n for n in origins if n.target is target), default=next(iter(origins), None))
     name = node.get_name()
-    if isinstance(node, (ir.ExternKernelOut, ir.ExternKernelMultiOut)):
+    if isinstance(node, _WRITES_OUT):
         results: tuple[Block, ...] = ()
     elif isinstance(node.layout, ir.MultiOutputLayout):
         results = tuple(_block(o) for o in getattr(node, "outputs", ()) if isinstance(o, ir.MultiOutput))

@@ -61,7 +61,7 @@ def scratch(node: Node) -> sympy.Expr:
     if not any(isinstance(v, Tensor) and v.device.type == "cpu" for v in values):
         return ZERO
     name = op_name(node.target)
-    operands = [n.meta["val"] if isinstance(n, Node) else n for n in node.args]
+    operands = [n.meta.get("val") if isinstance(n, Node) else n for n in node.args]
     if name in ("half_mm", "half_addmm"):
         a, b = (v for v in operands[-2:] if isinstance(v, Tensor))
         sizes = (*a.shape, b.shape[1], int(name == "half_addmm"))

@@ -15,13 +15,16 @@ from ..analysis.scratch import scratch
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
-from .outline import Unit, cut, find_units, run_with_updates, to_graph
+from .outline import Unit, call_units, find_units, to_graph, with_units
 from .profile import Facts, UnitRun, facts_of, program_profile
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
     # heuristics by an estimate that is 20 to 40 % off, and undoes that order.
     "reorder_for_peak_memory": False,
+    # Meant for inference: it moves what makes a value down to its first reader. For a gradient
+    # that is the verdict, after all of backward, with the activations of all layers still alive.
+    "reorder_for_locality": False,
     # All updates read found_inf, the clip coefficient and the learning rate: of the pairs of
     # kernels that share a buffer, nearly all share only those, and asking about each of them
     # took half of the compile time.
@@ -68,7 +71,7 @@ def _lower(
     if units:
         return _outlined(step, units, facts, inputs, settings, dry)
     whole = _whole(step, inputs, settings, dry)
-    return _lowered(facts, whole.call, [whole], [], None)
+    return _lowered(facts, whole.call, [whole], {})
 
 
 def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
@@ -86,40 +89,27 @@ def _outlined(
     settings: Mapping[str, Any],
     dry: bool,
 ) -> Lowered:
-    output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
-    outputs = len(output.args[0])
     first = {unit.key: unit for unit in reversed(units)}
     graphs = {key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for key, unit in first.items()}
-    names = [_renamed(first[unit.key], unit) for unit in units]
-    values = {node: i for i, node in enumerate(cut(step, units))}
-    positions = {n: i for i, n in enumerate(n for n in step.graph.nodes if n.op == "placeholder")}
+    calls = call_units(step, units)
     main = _whole(step, inputs, settings, dry)
     compiled = {
         key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)
         for key, (gm, fakes) in graphs.items()
     }
-    reads = [
-        [(positions[n], True) if n in positions else (values[n], False) for n in unit.inputs]
-        for unit in units
-    ]
-    runs = [
-        UnitRun(compiled[unit.key].program, unit_reads, unit_names)
-        for unit, unit_reads, unit_names in zip(units, reads, names, strict=True)
-    ]
-    updates = [(compiled[unit.key].call, unit_reads) for unit, unit_reads in zip(units, reads, strict=True)]
-    call = run_with_updates(main.call, updates, outputs)
-    return _lowered(facts, call, [main, *compiled.values()], runs, outputs)
+    runs = {
+        call.name: UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
+        for call, unit in zip(calls, units, strict=True)
+    }
+    call = with_units(main.call, [compiled[unit.key].call for unit in units])
+    return _lowered(facts, call, [main, *compiled.values()], runs)
 
 
 def _lowered(
-    facts: Facts,
-    call: Callable[..., Any],
-    compiled: list[_torch.Compiled],
-    runs: list[UnitRun],
-    outputs: int | None,
+    facts: Facts, call: Callable[..., Any], compiled: list[_torch.Compiled], runs: Mapping[str, UnitRun]
 ) -> Lowered:
     start = time.perf_counter()
-    memory = program_profile(facts, compiled[0].program, runs, outputs)
+    memory = program_profile(facts, compiled[0].program, runs)
     seconds = facts.seconds + sum(c.seconds for c in compiled) + time.perf_counter() - start
     return Lowered(call, memory, seconds)
 

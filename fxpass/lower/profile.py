@@ -7,7 +7,7 @@ a buffer is a value of it, and from what the program does with the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -81,31 +81,16 @@ def facts_of(step: StepGraph) -> Facts:
 
 @dataclass(frozen=True)
 class UnitRun:
-    """One run of an update unit: its program, what its inputs are, and its nodes' names in the step."""
+    """One run of an update unit: its program, and its nodes' names in the step."""
 
     program: Program
-    reads: Sequence[tuple[int, bool]]  # (position, whether among the step's inputs or main's extra outputs)
     names: Mapping[str, str]
 
 
-def program_profile(
-    facts: Facts, main: Program, units: Sequence[UnitRun] = (), outputs: int | None = None
-) -> MemoryProfile:
-    """The profile of ``main`` and of the ``units`` after it; the first ``outputs`` results are the user's."""
-    replay = _Replay(facts)
-    outputs = len(main.outputs) if outputs is None else outputs
-    held = replay.run(main, {}, {})
-    values = held[outputs:]
-    last_use = {p: i for i, unit in enumerate(units) for p, is_input in unit.reads if not is_input}
-    for index, unit in enumerate(units):
-        given = {
-            name: values[position]
-            for name, (position, is_input) in zip(unit.program.inputs, unit.reads, strict=True)
-            if not is_input
-        }
-        replay.run(unit.program, given, unit.names)
-        for position in [p for p, last in last_use.items() if last == index]:
-            replay.drop(values[position])
+def program_profile(facts: Facts, main: Program, units: Mapping[str, UnitRun]) -> MemoryProfile:
+    """The profile of ``main``; ``units`` are what its calls of updates run, by the name of the call."""
+    replay = _Replay(facts, units)
+    replay.run(main, {})
     return replay.finish(main.estimate)
 
 
@@ -122,20 +107,16 @@ class _Slot:
 class _Replay:
     """Runs programs on names instead of tensors."""
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, facts: Facts, units: Mapping[str, UnitRun]) -> None:
+        self.facts, self.units = facts, units
         self.moments: list[Moment] = []
         self.slots: list[_Slot] = []
         self.scratch: list[LiveTensor] = []
         self.phase = "forward"
 
-    def run(
-        self, program: Program, given: Mapping[str, list[_Slot]], names: Mapping[str, str]
-    ) -> list[list[_Slot]]:
-        """Replay one program; the storages of its results, in order, which stay held."""
+    def run(self, program: Program, names: Mapping[str, str]) -> None:
+        """Replay one program; the storages of its results stay held."""
         held: dict[str, list[_Slot]] = {}
-        for name, slots in given.items():
-            self.hold(held, name, slots)
         fresh: list[Block] = []
         for line in program.lines:
             if isinstance(line, Allocate):
@@ -146,16 +127,15 @@ class _Replay:
                 fresh += [line.block] if line.block else []
             elif isinstance(line, Free):
                 self.drop(held.pop(line.name, []))
+            elif line.node in self.units:  # what it reads is held here until the call is over
+                self.run(self.units[line.node].program, self.units[line.node].names)
             else:
                 self.launch(held, line, [*fresh, *line.results], names)
                 fresh = []
-        results = [held.get(name, []) for name in program.outputs]
-        for slots in results:
-            for slot in slots:
-                slot.count += 1
+        for slot in [s for name in program.outputs for s in held.get(name, [])]:
+            slot.count += 1
         for slots in held.values():
             self.drop(slots)
-        return results
 
     def new(self, block: Block, names: Mapping[str, str]) -> _Slot:
         slot = _Slot(replace(block, node=names.get(block.node, block.node)), len(self.moments))

@@ -7,11 +7,14 @@ from .base import GraphPass
 from .cast import Cast
 from .check_finite import CheckFinite
 from .clip import Clip
+from .decompose import Decompose
+from .delay_wgrad import DelayWgrad
 from .embedding import Embedding
 from .finish import Finish
 from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
+from .second_backward import SecondBackward
 from .skip import Skip
 from .unscale import Unscale
 from .update_scale import UpdateScale
@@ -25,8 +28,11 @@ PASSES: tuple[type[GraphPass], ...] = (
     Clip,  # global norm, clip coefficient
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Decompose,  # normalisations and softmax of forward, by their parts
     Recompute,  # what costs less again than to keep
-    Release,  # casts of backward wait for the loss
+    SecondBackward,  # gradients again, after the verdict
+    DelayWgrad,  # input gradients first
+    Release,  # each update right behind its gradient
     Finish,  # erase marks and dead nodes
 )
 

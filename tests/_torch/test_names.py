@@ -53,7 +53,6 @@ torch._inductor.codegen.wrapper.WrapperLine
 torch._inductor.compile_fx._InProcessFxCompile.codegen_and_compile
 torch._inductor.graph.GraphLowering.get_allocation_storage_size
 torch._inductor.graph.GraphLowering.get_output_names
-torch._inductor.ir.ExternKernelMultiOut
 torch._inductor.ir.MultiOutputLayout
 torch._inductor.memory.assign_memory_planning_info_for_scheduler_buffers
 torch._inductor.memory.estimate_peak_memory
