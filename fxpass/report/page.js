@@ -155,12 +155,12 @@ function draw() {
   const roles = memory.roles.map((role) => role.name);
   const bars = roles.map((role, r) => {
     const own = memory.tensors.map((t, row) => [t, row]).filter(([t]) => t.role === role);
-    return { type: "bar", orientation: "h", name: role, y: own.map(([, row]) => row), base: own.map(([t]) => Math.max(t.birth, 0)),
+    return { type: "bar", orientation: "h", width: 0.85, name: role, y: own.map(([, row]) => row), base: own.map(([t]) => Math.max(t.birth, 0)),
       x: own.map(([t]) => Math.min(t.death, x.length) - Math.max(t.birth, 0) + 1), marker: { color: memory.roles[r].colour },
       customdata: own.map(([t]) => [t.name, `${t.dtype}[${t.shape}]`, bytes(t.bytes), t.where || "no line of yours", t.node]),
       hovertemplate: "%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]}<br>%{customdata[3]}<extra>" + role + "</extra>" };
   });
-  Plotly.react("lifetimes", bars, layout({ barmode: "overlay", bargap: 0.15, showlegend: false,
+  Plotly.react("lifetimes", bars, layout({ barmode: "overlay", showlegend: false,
     title: { text: "lifetimes of the tensors that take most (bytes times life): click one for its node", font: { size: 13 }, x: 0.01, y: 0.99 },
     xaxis: { title: { text: "moment" }, range: [0, x.length] },
     yaxis: { autorange: "reversed", showticklabels: false, title: { text: "in order of birth" }, showgrid: false } }), config);
