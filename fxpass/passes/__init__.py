@@ -7,6 +7,7 @@ from .base import GraphPass
 from .cast import Cast
 from .check_finite import CheckFinite
 from .clip import Clip
+from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
 from .recompute import Recompute
@@ -25,6 +26,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     Clip,  # global norm, clip coefficient
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
     Recompute,  # what costs less again than to keep
     Release,  # casts of backward wait for the loss
     Finish,  # erase marks and dead nodes
