@@ -123,6 +123,26 @@ def test_underflow_is_the_share_that_eager_float16_loses(scale: float) -> None:
     assert (stats.underflow > 0.5) == (scale == 1.0)
 
 
+def test_underflow_of_a_large_gradient_is_that_of_a_sample_of_rows() -> None:
+    weight = nn.Parameter(torch.zeros(1024, 128))
+    opt = torch.optim.SGD([weight], lr=0.0)
+    mp = MixedPrecision(codegen="eager", loss_scale=1.0)
+    rows = 10.0 ** (6 * torch.rand(1024, 1) - 7)
+
+    @torch.compile(backend=mp)
+    def step() -> None:
+        out = nn.functional.linear(torch.ones(1, 128), weight)
+        (out.float() * rows.t()).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    exact = (rows.half() < torch.finfo(torch.float16).smallest_normal).float().mean().item()
+    assert 0.2 < exact < 0.8
+    assert mp.stats().underflow == pytest.approx(exact, abs=0.15)
+    assert mp.stats().underflow != exact
+
+
 def test_a_parameter_that_is_itself_not_finite_is_marked() -> None:
     step = Probed()
     step()

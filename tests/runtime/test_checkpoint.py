@@ -78,14 +78,8 @@ def _rest(mp: MixedPrecision, steps: int) -> list[float]:
 
 
 def test_zero_keeps_its_scaler_as_an_object() -> None:
-    scaler = types.SimpleNamespace(
-        cur_scale=64.0,
-        cur_iter=10,
-        last_overflow_iter=6,
-        scale_window=1000,
-        delayed_shift=2,
-        cur_hysteresis=1,
-    )
+    scaler = types.SimpleNamespace(cur_scale=64.0, cur_iter=10, last_overflow_iter=6, scale_window=1000)
+    vars(scaler).update(delayed_shift=2, cur_hysteresis=1)
     mp = loaded({"loss_scaler": scaler, "overflow": False}, DynamicLossScale.like("deepspeed"))
     assert (mp.scale.item(), mp.stats().growth_tracker) == (64.0, 2)
     assert mp.state_dict()["overflows"] == 1

@@ -1,4 +1,4 @@
-"""What the host hears of a step: log lines, the error at the minimum scale, and never a wait for the device."""
+"""What the host hears of a step: log lines, the error at the minimum scale; and it never waits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_stuck_at_the_minimum_is_raised_some_steps_late() -> None:
     device.arrive(1)
     told.step(report(4, skipped=4, stuck=4, scale=1.0, bad=True), NAMES)
     device.arrive(1)
-    with pytest.raises(LossScaleError, match="2 steps in a row(.|\n)*b: inf"):
+    with pytest.raises(LossScaleError, match=r"2 steps in a row(.|\n)*b: inf"):
         told.step(report(5, skipped=5, stuck=5, scale=1.0, bad=True), NAMES)
 
 
@@ -137,7 +137,7 @@ def test_skips_are_logged_whatever_the_policy(scale: float | None, caplog: pytes
     assert len([r for r in caplog.records if r.name == "fxpass"]) == 1
 
 
-SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::to")
+SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
 
 
 @pytest.mark.parametrize("policy", ["dynamic", "headroom", 8.0, None])
@@ -149,7 +149,7 @@ def test_a_step_reads_nothing_back(policy: Any) -> None:
 
     @torch.compile(backend=mp)
     def step(x: Tensor) -> Tensor:
-        loss = model(x).sum()
+        loss = model(x).mean() / 4
         loss.backward()
         opt.step()
         opt.zero_grad()
