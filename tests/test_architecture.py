@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"ir", "errors"},
     "runtime": {"errors"},
     "options": {"errors", "runtime"},
-    "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale"},
+    "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
     "lower": {"_torch", "analysis", "errors", "ir", "options"},
     "compile": {"_torch", "analysis", "capture", "errors", "ir", "lower", "options", "passes", "runtime"},
     "backend": {"_torch", "compile", "errors", "options", "runtime"},

@@ -78,12 +78,18 @@ class StepGraph:
     found_inf: dict[int, Node] = field(default_factory=dict)
     # set by check_finite, by GRAD mark: the 0-d float64 sum of squares of the stored gradient
     square_sums: dict[Node, Node] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark: the 0-d largest magnitude of the stored gradient
+    largest: dict[Node, Node] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark in float16, of a sample of its elements: how many are below
+    # float16's normal numbers, how many of those are zero (both 0-d float32), and the sample's size
+    tiny: dict[Node, tuple[Node, Node, int]] = field(default_factory=dict)
     # set by clip: the 0-d float32 norm before clipping, and whether clipping acted
     grad_norm: Node | None = None
     checked: list[tuple[Node, Node]] = field(
         default_factory=list
     )  # (GRAD mark, the value whose finiteness decides)
     clipped: Node | None = None
+    written: dict[str, Node] = field(default_factory=dict)  # new value of a scaler input, by field name
 
     @property
     def graph(self) -> torch.fx.Graph:

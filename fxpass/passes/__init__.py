@@ -9,6 +9,7 @@ from .check_finite import CheckFinite
 from .clip import Clip
 from .decompose import Decompose
 from .delay_wgrad import DelayWgrad
+from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
 from .recompute import Recompute
@@ -28,6 +29,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     Clip,  # global norm, clip coefficient
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
     Decompose,  # normalisations and softmax of forward, by their parts
     Recompute,  # what costs less again than to keep
     SecondBackward,  # gradients again, after the verdict
