@@ -38,7 +38,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "max_norm": _positive,
     "norm_type": (lambda v: v == math.inf or (_number(v) and v == 2.0), "2.0 or inf"),
+    "clip_per": _choice("global", "optimizer", "group", "parameter"),
     "clip_value": _positive,
+    "adaptive_clip": _positive,
     "grads": _choice("drop", "keep"),
     "skip": _choice("step"),
     "outline": _choice("auto", "off"),
@@ -67,7 +69,9 @@ class Options:
     loss_scale: LossScale | str | float | None = "auto"
     max_norm: float | None = None
     norm_type: float = 2.0
+    clip_per: str = "global"
     clip_value: float | None = None
+    adaptive_clip: float | None = None
     grads: str = "drop"
     skip: str = "step"
     outline: str = "auto"
@@ -90,12 +94,26 @@ class Options:
             value = getattr(self, name)
             if not ok(value):
                 raise OptionError(f"option {name}={value!r}: allowed is {allowed}")
+        _check_clipping(self)
 
     @property
     def policy(self) -> LossScale | None:
         """``loss_scale`` as the object it stands for."""
         assert not isinstance(self.loss_scale, (str, float, int)), "loss_scale is resolved in __post_init__"
         return self.loss_scale
+
+
+def _check_clipping(options: Options) -> None:
+    """Raise for clip options that contradict each other."""
+    if options.max_norm is None and options.clip_per != "global":
+        hint = "give max_norm, or leave clip_per alone"
+        raise OptionError(f"option clip_per={options.clip_per!r} without max_norm clips nothing", hint=hint)
+    others = [name for name in ("max_norm", "clip_value") if getattr(options, name) is not None]
+    if options.adaptive_clip is not None and others:
+        hint = "adaptive_clip takes its thresholds from the parameters; give one of the two"
+        raise OptionError(
+            f"options adaptive_clip and {others[0]} are two thresholds for one gradient", hint=hint
+        )
 
 
 def _loss_scale(value: Any, dtype: Any) -> Any:

@@ -67,7 +67,7 @@ class _Writer:
         zero = self.op(aten.mul.Tensor, read["consecutive_skipped"], 0)
         self.write("consecutive_skipped", self.select(self.found, again, zero))
         if self.step.grad_norm is not None:
-            self.write("grad_norm", self.step.grad_norm)
+            self.write("grad_norm", self.op(aten._to_copy.default, self.step.grad_norm, dtype=torch.float32))
         if self.step.clipped is not None:
             good = self.op(
                 aten.logical_and.default, self.step.clipped, self.op(aten.logical_not.default, self.found)
