@@ -35,6 +35,10 @@ def policies() -> dict[str, dict[str, Any]]:
         "dynamic from 2^24": {"loss_scale": DynamicLossScale(init_scale=2.0**24)},
         "dynamic from 2^16": {"loss_scale": DynamicLossScale(init_scale=2.0**16)},
         "dynamic from 2^16, growth every 50": {"loss_scale": DynamicLossScale(growth_interval=50)},
+        "like torch": {"loss_scale": DynamicLossScale.like("torch")},
+        "like apex": {"loss_scale": DynamicLossScale.like("apex")},
+        "like deepspeed": {"loss_scale": DynamicLossScale.like("deepspeed")},
+        "headroom": {"loss_scale": "headroom"},
     }
 
 
@@ -185,9 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.stability", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, few steps, three static scales")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
-    parser.add_argument(
-        "--out", type=Path, help=f"folder for JSON and plot (default: {RESULTS.name} in docs)"
-    )
+    parser.add_argument("--out", type=Path, help="folder for JSON and plot (default docs/results)")
     given = parser.parse_args()
     seeds, steps, exponents = (1, 40, (0, 16, 24)) if given.quick else (3, 300, EXPONENTS)
     folder = given.out or (Path("out") if given.quick else RESULTS)

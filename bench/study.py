@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -100,7 +101,9 @@ class Trainer:
             self.optimizer.param_groups[0]["lr"] = lr
         policy = self.backend.policy
         start = scale or (1.0 if policy is None else policy.init)
-        self.backend.load_state_dict({"scale": start, "_growth_tracker": 0})
+        fresh = fxpass.MixedPrecision(loss_scale=policy).state_dict()
+        self.backend.load_state_dict({**fresh, "scale": start})
+        self.backend.scale.fill_(start)  # a state dict does not move a static scale
 
 
 class _Rows:
@@ -135,7 +138,7 @@ class _Rows:
 def run_all(
     jobs: Sequence[J], work: Callable[[J], list[R]], workers: int, describe: Callable[[J], str]
 ) -> list[R]:
-    """``work`` on each of ``jobs`` in ``workers`` processes of one thread each; the results in their order."""
+    """``work`` on each of ``jobs`` in ``workers`` processes of one thread; the results in their order."""
     found: dict[int, list[R]] = {}
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")
@@ -157,6 +160,7 @@ def run_all(
 
 
 def _one_thread() -> None:
+    warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")  # on every first look at a GPU
     torch.set_num_threads(1)
 
 

@@ -7,7 +7,8 @@ stage; it holds no logic of theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +19,16 @@ from torch.fx import GraphModule
 from . import _torch
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
-from .errors import LossScaleError
+from .ir.graph import StepGraph, tensor
 from .ir.text import to_text
 from .lower.compile import lower
 from .options import Options
 from .passes import passes_for
 from .passes.pipeline import PassRecord, run_pipeline
-from .runtime.scale import DynamicLossScale
-from .runtime.state import NONFINITE, ScalerState
+from .runtime.report import Reporter
+from .runtime.state import ScalerState
 from .runtime.step import CompiledStep, OptimizerBinding
+from .runtime.watch import REPORT, WATCH, Watch
 
 
 @dataclass
@@ -50,19 +52,19 @@ class StepState:
 
     scaler: ScalerState
     graphs: list[GraphRecord] = field(default_factory=list)
-    overflows: list[tuple[list[str], Tensor]] = field(
-        default_factory=list
-    )  # per graph: names, sums (and padding)
+    watches: list[Watch] = field(default_factory=list)  # one per graph that trains
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
 
-    def nonfinite(self) -> tuple[str, ...]:
-        """``"parameter: inf"`` or ``"parameter: nan"`` of the last skipped step; reads the device."""
-        found = []
-        for names, sums in self.overflows:
-            for name, value in zip(names, sums.tolist(), strict=False):
-                if value != value or value == float("inf"):
-                    found.append(f"{name}: {'nan' if value != value else 'inf'}")
-        return tuple(dict.fromkeys(found))
+    def __post_init__(self) -> None:
+        self.reporter = Reporter(self.scaler.loss_scale)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; what was seen of the gradients before is forgotten."""
+        self.scaler.load_state_dict(state)
+        for watch in self.watches:
+            watch.clear()
+        t = self.scaler.tensors
+        self.reporter.restart(int(t["skipped"]), float(t["scale"]))
 
 
 def compile_frame(
@@ -112,14 +114,14 @@ class _Compilation:
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.record.events
-        fields = [*scaler.fields, NONFINITE] if events else []
+        fields = [*scaler.fields, WATCH, REPORT] if events else []
         self.captured = capture(self.gm, self.record, fields, keep_grads=self.options.grads == "keep")
         self.bindings = [_binding(event) for event in self.captured.events]
         device = checks.device_of([e.live() for e in events], self.inputs)
         scaler.to(device)
-        self.overflow = torch.zeros(max(len(self.record.leaf_grads), 1), device=device) if events else None
+        self.watch = Watch.make(len(self.record.leaf_grads), device) if events else None
         extras = [scaler.tensors[name] for name in scaler.fields] if events else []
-        extras += [self.overflow] if self.overflow is not None else []
+        extras += [self.watch.table, self.watch.report] if self.watch is not None else []
         extras += [t for b in self.bindings for t in b.inputs(device)]
         call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner)
         return CompiledStep(
@@ -131,8 +133,8 @@ class _Compilation:
             self.captured.kept,
             self._cleared(),
             self.options.grads == "drop",
-            self.overflow,
-            _patience(self.options, self.state),
+            self.watch,
+            self.state.reporter,
         )
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -147,15 +149,23 @@ class _Compilation:
         before = to_text(step)
         passes = run_pipeline(step, passes_for(self.options), check=self.options.verify)
         self._lap("passes")
-        if self.overflow is not None:
-            leaves = [self.record.leaf_grads[int(str(mark.args[2]))].leaf for mark, _ in step.checked]
-            names = [by_node.get(leaf, leaf) for leaf in leaves]
-            self.state.overflows.append((names, self.overflow))
+        if self.watch is not None:
+            self._describe(self.watch, step, by_node)
         after, unreached = to_text(step), checks.unreached(self.record, by_node)
         compiled = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
         self.state.graphs.append(GraphRecord(before, after, passes, unreached, self.seconds))
         return compiled
+
+    def _describe(self, watch: Watch, step: StepGraph, names: Mapping[str, str]) -> None:
+        """Name the columns of the watch table."""
+        for mark, _ in step.checked:
+            leaf = self.record.leaf_grads[int(str(mark.args[2]))].leaf
+            weight = self.record.real.get(leaf)
+            watch.names.append(names.get(leaf, leaf))
+            watch.sizes.append(int(tensor(mark).numel()) if mark in step.tiny else 0)
+            watch.weights.append(weakref.ref(weight) if isinstance(weight, Tensor) else lambda: None)
+        self.state.watches.append(watch)
 
     def _cleared(self) -> list[tuple[int, int, int]]:
         return [
@@ -181,23 +191,3 @@ def _binding(event: Event) -> OptimizerBinding:
 
     keys = [(k.group, k.position, k.key) for k in event.state]
     return OptimizerBinding(event.optimizer, keys, fit, holds)
-
-
-def _patience(options: Options, state: StepState) -> Callable[[], None]:
-    """Raises LossScaleError once the scale is stuck at its minimum for ``patience`` overflows."""
-    policy = options.policy
-    if not isinstance(policy, DynamicLossScale):
-        return lambda: None
-
-    def look() -> None:
-        stuck = state.scaler.tensors["stuck"]
-        if stuck.device.type == "cpu" and int(stuck) >= policy.patience:
-            names = state.nonfinite()
-            found = (
-                f"{policy.patience} steps in a row overflowed at the minimum scale {policy.min_scale:g}; "
-                f"first non-finite gradient: {names[0] if names else 'unknown'}"
-            )
-            hint = "look for inf or nan in that parameter's module, or name it in keep_fp32"
-            raise LossScaleError(found, hint=hint)
-
-    return look

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import OptionError
-from .runtime.scale import DynamicLossScale, LossScale, StaticLossScale
+from .runtime.scale import DynamicLossScale, HeadroomLossScale, LossScale, StaticLossScale, parse_scale
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -34,7 +34,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in DTYPES.values(), "float16, bfloat16 or float32, as a torch dtype or its name"),
     "loss_scale": (
         lambda v: v is None or isinstance(v, LossScale),
-        '"dynamic", a number > 0 (static), None or a LossScale object',
+        '"dynamic", "headroom", a number > 0 (static; also "128.0" or "2**7"), None or a LossScale object',
     ),
     "max_norm": _positive,
     "norm_type": (lambda v: v == math.inf or (_number(v) and v == 2.0), "2.0 or inf"),
@@ -121,6 +121,9 @@ def _loss_scale(value: Any, dtype: Any) -> Any:
         return DynamicLossScale() if dtype is torch.float16 else None
     if isinstance(value, str) and value == "dynamic":
         return DynamicLossScale()
+    if isinstance(value, str) and value == "headroom":
+        return HeadroomLossScale()
+    value = parse_scale(value)
     if _number(value):
         return StaticLossScale(float(value))
     return value

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"ir", "errors"},
     "runtime": {"errors"},
     "options": {"errors", "runtime"},
-    "passes": {"ir", "analysis", "errors", "options", "runtime.scale"},
+    "passes": {"ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
     "lower": {"_torch", "errors", "ir", "options"},
     "compile": {"_torch", "capture", "errors", "ir", "lower", "options", "passes", "runtime"},
     "backend": {"_torch", "compile", "errors", "options", "runtime"},

@@ -79,12 +79,18 @@ class StepGraph:
     found_inf: dict[int, Node] = field(default_factory=dict)
     # set by check_finite, by GRAD mark: the 0-d float64 sum of squares of the stored gradient
     square_sums: dict[Node, Node] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark: the 0-d largest magnitude of the stored gradient
+    largest: dict[Node, Node] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark in float16: how many elements are below float16's normal
+    # numbers, and how many of those are zero; 0-d float32
+    tiny: dict[Node, tuple[Node, Node]] = field(default_factory=dict)
     # set by grad_norm: the 0-d global norm before clipping, float32 (float64 with float64 gradients)
     grad_norm: Node | None = None
     checked: list[tuple[Node, Node]] = field(
         default_factory=list
     )  # (GRAD mark, the value whose finiteness decides)
     clipped: Node | None = None  # set by the clip passes: a 0-d bool, whether one of them acted
+    written: dict[str, Node] = field(default_factory=dict)  # new value of a scaler input, by field name
 
     @property
     def graph(self) -> torch.fx.Graph:

@@ -9,6 +9,7 @@ from .check_finite import CheckFinite
 from .clip import Clip
 from .clip_adaptive import ClipAdaptive
 from .clip_value import ClipValue
+from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
 from .grad_norm import GradNorm
@@ -31,6 +32,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     Clip,  # all gradients, or each, by norm
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
     Recompute,  # what costs less again than to keep
     Release,  # casts of backward wait for the loss
     Finish,  # erase marks and dead nodes

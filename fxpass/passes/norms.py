@@ -90,7 +90,9 @@ class Norms:
     def _largest(self, read: Node) -> tuple[Node, bool]:
         """The largest magnitude, 0-d float32 or float64, and whether it is still scaled."""
         stored, scaled = self._stored(read)
-        with self.edit.after(stored) if scaled else self.edit.before(read):
+        if stored in self.step.largest:
+            return self.step.largest[stored], scaled
+        with self.edit.before(read):
             largest = self.call(aten.amax.default, self.call(aten.abs.default, stored))
             return self.cast(largest, _float(stored)), scaled
 

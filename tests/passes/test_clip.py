@@ -72,7 +72,8 @@ def test_zero_gradients_stay_zero() -> None:
     assert (stats.grad_norm, stats.clipped) == (0.0, 0)
 
 
-def test_float64_gradients_are_clipped_in_float64() -> None:
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_float64_gradients_are_clipped_in_float64(norm_type: float) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -82,8 +83,9 @@ def test_float64_gradients_are_clipped_in_float64() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (x * self.narrow).double() * self.wide
 
-    clip = lambda opt: nn.utils.clip_grad_norm_(parameters(opt), 0.1)  # noqa: E731
-    assert compare_with_torch({"max_norm": 0.1}, clip, model=Mixed).clipped == 5
+    clip = lambda opt: nn.utils.clip_grad_norm_(parameters(opt), 0.1, norm_type)  # noqa: E731
+    options = {"max_norm": 0.1, "norm_type": norm_type}
+    assert compare_with_torch(options, clip, model=Mixed).clipped == 5
 
 
 def update_of(
