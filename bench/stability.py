@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from bench import study
 from bench.study import RESULTS, Run, Trainer
 from fxpass import DynamicLossScale
@@ -67,7 +65,8 @@ class Result:
     skipped: int
     first_applied: int | None  # counted from 1; None if every step was skipped
     scale: float  # after the last step
-    underflow: float | None
+    below_normal: float | None  # mean share of gradient elements below float16's normal numbers
+    zeros: float | None  # mean share of gradient elements that are zero, for whatever reason
     losses: list[float] = field(default_factory=list)  # means of BIN steps, first seed only
     scales: list[tuple[int, float]] = field(default_factory=list)  # (step, scale) at every change
 
@@ -100,6 +99,7 @@ def _result(job: Job, name: str, seed: int, run: Run) -> Result:
         (step, scale) for step, scale in enumerate(run.scales) if step == 0 or scale != run.scales[step - 1]
     ]
     bins = range(0, job.steps, BIN)
+    half = "dtype" not in job.options
     return Result(
         task=job.task,
         name=name,
@@ -110,13 +110,23 @@ def _result(job: Job, name: str, seed: int, run: Run) -> Result:
         skipped=len(skipped),
         first_applied=next((s + 1 for s in range(job.steps) if s not in skipped), None),
         scale=run.scales[-1],
-        underflow=run.extra.get("underflow"),
+        below_normal=statistics.fmean(run.underflow) if run.underflow and half else None,
+        zeros=statistics.fmean(run.zeros) if run.zeros and half else None,
         losses=[statistics.fmean(run.losses[b : b + BIN]) for b in bins] if seed == 0 else [],
         scales=changes if seed == 0 else [],
     )
 
 
-COLUMNS = ("loss scale", "first applied step", "skipped", "underflow", "held-out loss", "+-", "last scale")
+COLUMNS = (
+    "loss scale",
+    "first applied step",
+    "skipped",
+    "below normal",
+    "zero",
+    "held-out loss",
+    "+-",
+    "last scale",
+)
 
 
 def rows(results: Sequence[dict[str, Any]], task: str) -> list[list[str]]:
@@ -126,13 +136,13 @@ def rows(results: Sequence[dict[str, Any]], task: str) -> list[list[str]]:
         runs = [r for r in results if r["task"] == task and r["name"] == name]
         firsts = [r["first_applied"] for r in runs]
         losses = [r["held_out"] for r in runs]
-        shares = [r["underflow"] for r in runs if r["underflow"] is not None]
         found.append(
             [
                 name,
                 "never" if None in firsts else str(max(firsts)),
                 f"{statistics.fmean(r['skipped'] / r['steps'] for r in runs):.1%}",
-                f"{statistics.fmean(shares):.2%}" if shares else "-",
+                _share(runs, "below_normal"),
+                _share(runs, "zeros"),
                 f"{statistics.fmean(losses):.3f}",
                 f"{(max(losses) - min(losses)) / 2:.3f}",
                 "-" if name in ("fp32", "bf16") else f"2^{math.log2(runs[0]['scale']):.3g}",
@@ -141,9 +151,14 @@ def rows(results: Sequence[dict[str, Any]], task: str) -> list[list[str]]:
     return found
 
 
-def tables(record: dict[str, Any]) -> dict[str, str]:
-    """The Markdown tables of docs/loss-scaling.md, by task."""
-    return {task: study.markdown(COLUMNS, rows(record["results"], task)) for task in NAMES}
+def _share(runs: Sequence[dict[str, Any]], key: str) -> str:
+    known = [r[key] for r in runs if r[key] is not None]
+    return f"{statistics.fmean(known):.1%}" if known else "-"
+
+
+def tables(record: dict[str, Any]) -> dict[str, study.Rows]:
+    """Columns and rows of the tables of docs/loss-scaling.md, by task."""
+    return {task: (COLUMNS, rows(record["results"], task)) for task in NAMES}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -161,7 +176,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         for name, style in (("fp32", "-"), ("bf16", ":")):
             level = statistics.fmean(r["held_out"] for r in results if r["name"] == name)
             axes[0][column].axhline(level, color="black", lw=1, ls=style, label=name)
-        _by_scale(axes[1][column], static, lambda r: r["underflow"])
+        _by_scale(axes[1][column], static, lambda r: r["below_normal"])
         moving = [r for r in results if r["seed"] == 0 and r["scale"] and r not in static]
         for r in moving:
             if r["name"] not in ("fp32", "bf16"):
@@ -171,7 +186,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes[1][column].set_xlabel("static loss scale (log2)")
         axes[2][column].set_xlabel("step")
         axes[2][column].set_yscale("log", base=2)
-    for row, label in enumerate(("held-out loss", "underflow share", "loss scale")):
+    for row, label in enumerate(
+        ("held-out loss", "share of gradient elements\nbelow normal numbers", "loss scale")
+    ):
         axes[row][0].set_ylabel(label)
     axes[0][0].legend(fontsize=8)
     axes[2][-1].legend(fontsize=7)
@@ -198,14 +215,10 @@ def main() -> None:
     )
     results.sort(key=lambda r: NAMES.index(r.task))
     settings = {"seeds": seeds, "steps": steps, "optimizer": "adamw", "codegen": "eager"}
-    study.save(folder / "stability.json", settings, results)
+    study.save(folder / "stability.json", settings, [asdict(r) for r in results])
     record = json.loads((folder / "stability.json").read_text())
     plot(record, folder / "stability.png")
-    for task in NAMES:
-        shown = Table(*COLUMNS, title=study.task_named(task).about, title_justify="left")
-        for row in rows([asdict(r) for r in results], task):
-            shown.add_row(*row)
-        study.console().print(shown)
+    study.show(tables(record))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import Tensor, nn
 
 import fxpass
@@ -21,6 +23,7 @@ from bench import measure
 from bench.tasks import BUCKETS, TASKS, Task
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+Rows = tuple[Sequence[str], Sequence[Sequence[str]]]  # the columns and rows of a table
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -33,10 +36,12 @@ class Run:
     norms: list[float] = field(default_factory=list)  # of the unscaled gradients, before clipping
     scales: list[float] = field(default_factory=list)  # the loss scale that each step was computed with
     skipped: list[int] = field(default_factory=list)  # steps
+    underflow: list[float] = field(default_factory=list)  # share of elements below float16's normal numbers
+    zeros: list[float] = field(default_factory=list)  # share of elements that are zero
     clipped: int = 0  # steps
+    gave_up: bool = False  # the scale was stuck at its minimum: LossScaleError
     held_out: dict[str, float] = field(default_factory=dict)
     rows: dict[str, float] = field(default_factory=dict)  # mean update of a touched row, by bucket
-    extra: dict[str, Any] = field(default_factory=dict)  # further counters of stats()
 
 
 class Trainer:
@@ -77,17 +82,23 @@ class Trainer:
         for x, y in self.task.batches(steps, seed):
             run.scales.append(float(self.backend.scale))
             rows.before()
-            run.losses.append(float(self.step(x, y)))
+            try:
+                run.losses.append(float(self.step(x, y)))
+            except fxpass.LossScaleError:
+                run.gave_up = True
+                break
             rows.after(x)
             stats = self.backend.stats()
             run.norms.append(stats.grad_norm)
             if stats.skipped > seen.skipped:
                 run.skipped.append(len(run.losses) - 1)
+            else:
+                run.underflow.append(stats.underflow)
+                run.zeros.append(stats.zeros)
             seen = stats
         run.clipped = seen.clipped
         run.held_out = self.task.evaluate(self.model)
         run.rows = rows.by_bucket()
-        run.extra = {k: v for k, v in seen._asdict().items() if isinstance(v, (int, float))}
         return run
 
     @torch.no_grad()
@@ -174,23 +185,33 @@ def console() -> Console:
     return Console(width=None if Console().is_terminal else 150)
 
 
-def save(path: Path, settings: dict[str, Any], results: Sequence[Any]) -> None:
-    """Write machine, settings and results (dataclasses) as JSON, floats to six digits."""
+def save(path: Path, settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Write machine, settings and results as JSON, floats to six digits, None for inf and nan."""
     where = measure.machine(torch.device("cpu"))
-    record = {"machine": where, "settings": settings, "results": [asdict(r) for r in results]}
+    record = {"machine": where, "settings": settings, "results": list(results)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON has no inf and no nan
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column left-aligned."""
+def show(tables: dict[str, Rows]) -> None:
+    """Print tables, each under its name."""
+    for name, (columns, rows) in tables.items():
+        shown = Table(*columns, title=name, title_justify="left")
+        for row in rows:
+            shown.add_row(*row)
+        console().print(shown)
+
+
+def markdown(table: Rows) -> str:
+    """A table in Markdown, its first column left-aligned."""
+    columns, rows = table
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
