@@ -122,7 +122,10 @@ def select(results: Sequence[dict[str, Any]], **wanted: str) -> list[dict[str, A
 def mean(values: Sequence[float | None], digits: str = ".3f") -> str:
     """The mean over seeds, "diverged" if one of them is not finite."""
     known = [v for v in values if v is not None]
-    return format(statistics.fmean(known), digits) if len(known) == len(values) else "diverged"
+    if len(known) < len(values):
+        return "diverged"
+    value = statistics.fmean(known)
+    return format(value, digits if value < 100 else ".0f")
 
 
 def loss_rows(results: Sequence[dict[str, Any]], task: str) -> study.Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import multiprocessing
 import warnings
@@ -172,6 +173,7 @@ def run_all(
 
 def _one_thread() -> None:
     warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")  # on every first look at a GPU
+    logging.getLogger("fxpass").setLevel(logging.ERROR)  # a study overflows on purpose
     torch.set_num_threads(1)
 
 
