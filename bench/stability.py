@@ -201,21 +201,33 @@ def _by_scale(axis: Any, static: list[dict[str, Any]], value: Callable[[dict[str
     axis.plot([x for x, _ in known], [y for _, y in known], "o", ms=4, alpha=0.6, label="static, each seed")
 
 
+def _others(path: Path, name: str) -> list[dict[str, Any]]:
+    results = json.loads(path.read_text())["results"]
+    return [r for r in results if not r["name"].startswith(name)]
+
+
+def _place(result: dict[str, Any]) -> tuple[int, int]:
+    """Where a result belongs in the tables: by task, static scales first."""
+    name = "static" if result["name"].startswith("static") else result["name"]
+    return NAMES.index(result["task"]), ["static", *policies()].index(name)
+
+
 def main() -> None:
     """Run the study the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m bench.stability", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, few steps, three static scales")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default 2)")
     parser.add_argument("--out", type=Path, help="folder for JSON and plot (default docs/results)")
+    parser.add_argument("--only", help="run this configuration alone and replace it in the JSON there is")
     given = parser.parse_args()
     seeds, steps, exponents = (1, 40, (0, 16, 24)) if given.quick else (3, 300, EXPONENTS)
     folder = given.out or (Path("out") if given.quick else RESULTS)
-    results = study.run_all(
-        jobs(seeds, steps, exponents), work, given.workers, lambda j: f"{j.task}: {j.name}"
-    )
-    results.sort(key=lambda r: NAMES.index(r.task))
+    chosen = [j for j in jobs(seeds, steps, exponents) if given.only in (None, j.name)]
+    new = study.run_all(chosen, work, given.workers, lambda j: f"{j.task}: {j.name}")
+    kept = _others(folder / "stability.json", given.only) if given.only else []
+    results = sorted([*kept, *(asdict(r) for r in new)], key=_place)
     settings = {"seeds": seeds, "steps": steps, "optimizer": "adamw", "codegen": "eager"}
-    study.save(folder / "stability.json", settings, [asdict(r) for r in results])
+    study.save(folder / "stability.json", settings, results)
     record = json.loads((folder / "stability.json").read_text())
     plot(record, folder / "stability.png")
     study.show(tables(record))

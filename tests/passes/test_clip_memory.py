@@ -1,4 +1,4 @@
-"""No way of clipping keeps a float32 copy of a gradient: float16 gradients, and nothing of their size beside them."""
+"""No way of clipping keeps a float32 copy of a gradient, nor anything of its size."""
 
 from __future__ import annotations
 
