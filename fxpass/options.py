@@ -42,7 +42,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_value": _positive,
     "adaptive_clip": _positive,
     "grads": _choice("drop", "keep"),
-    "skip": _choice("step"),
+    "skip": _choice("step", "tensor"),
+    "release": _choice(False, True),
+    "memory_budget": (
+        lambda v: v is None or (_number(v) and 0 <= v <= 1),
+        "None or a number from 0 to 1: the share of activation bytes that may stay alive",
+    ),
     "outline": _choice("auto", "off"),
     "keep_fp32": (
         lambda v: isinstance(v, tuple) and all(isinstance(p, str) for p in v),
@@ -74,6 +79,8 @@ class Options:
     adaptive_clip: float | None = None
     grads: str = "drop"
     skip: str = "step"
+    release: bool = False
+    memory_budget: float | None = None
     outline: str = "auto"
     keep_fp32: tuple[str, ...] = ()
     verify: bool = True
@@ -95,6 +102,24 @@ class Options:
             if not ok(value):
                 raise OptionError(f"option {name}={value!r}: allowed is {allowed}")
         _check_clipping(self)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise for settings that contradict each other."""
+        if self.skip == "tensor" and self.max_norm is not None and self.clip_per != "parameter":
+            found = f"option skip='tensor' with max_norm={self.max_norm:g}: a common norm is known only when "
+            found += "all gradients are there, and skip='tensor' frees each before the next is computed"
+            hint = (
+                "use release=True (exact norm and skip, a second backward), skip='step', or a clip that "
+                "looks at one gradient: clip_per='parameter', clip_value or adaptive_clip"
+            )
+            raise OptionError(found, hint=hint)
+        if self.release and self.skip == "tensor":
+            hint = "drop release: skip='tensor' already frees each gradient at once"
+            raise OptionError("option release=True with skip='tensor'", hint=hint)
+        if self.release and self.grads == "keep":
+            hint = "drop one of them: gradients that are kept for the user cannot be released"
+            raise OptionError("option release=True with grads='keep'", hint=hint)
 
     @property
     def policy(self) -> LossScale | None:

@@ -26,6 +26,13 @@ from fxpass import DynamicLossScale, MixedPrecision, OptionError, StaticLossScal
         ({"keep_fp32": "norm"}, "keep_fp32='norm'.*tuple"),
         ({"verify": 1}, "verify=1"),
         ({"inductor": []}, r"inductor=\[\]"),
+        ({"skip": "never"}, "skip='never'.*'step' or 'tensor'"),
+        ({"release": 1}, "release=1.*False or True"),
+        ({"memory_budget": 1.5}, "memory_budget=1.5.*from 0 to 1"),
+        ({"memory_budget": True}, "memory_budget=True"),
+        ({"skip": "tensor", "max_norm": 1.0}, "(?s)skip='tensor' with max_norm=1.*use release=True"),
+        ({"skip": "tensor", "release": True}, "(?s)release=True with skip='tensor'.*drop release"),
+        ({"grads": "keep", "release": True}, "(?s)release=True with grads='keep'.*drop one"),
     ],
 )
 def test_wrong_values(options: dict[str, object], message: str) -> None:

@@ -13,5 +13,6 @@ from .handles import innermost as innermost
 from .handles import source_name as source_name
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
+from .inductor import decomposition as decomposition
 from .inductor import mode_settings as mode_settings
 from .record import FrameRecord as FrameRecord

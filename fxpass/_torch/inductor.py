@@ -21,9 +21,12 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_map_only
+
+from .fusion import keep_order
 
 CPU_KERNEL_ARGUMENTS = 12
 
@@ -39,6 +42,7 @@ def compile_graph(
     with (
         inductor_config.patch(dict(settings)),
         small_cpu_kernels(),
+        keep_order(),
         no_output_strides(),
         V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),
     ):
@@ -64,6 +68,22 @@ def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
         return make_fx(interpreter.run, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(
             *inputs
         )
+
+
+def decomposition(node: Node) -> GraphModule:
+    """Inductor's decomposition of one node, as a graph over ``node.all_input_nodes``."""
+    inputs = node.all_input_nodes
+    values = [n.meta["val"] for n in inputs]
+    fake_mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+
+    def call(*given: Any) -> Any:
+        by_node = dict(zip(inputs, given, strict=True))
+        args, kwargs = tree_map_only(Node, by_node.__getitem__, (node.args, node.kwargs))
+        assert callable(node.target), f"{node.name} is not a call"
+        return node.target(*args, **kwargs)
+
+    with fake_mode or contextlib.nullcontext(), torch.no_grad():
+        return make_fx(call, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(*values)
 
 
 @contextlib.contextmanager

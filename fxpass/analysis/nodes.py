@@ -1,4 +1,4 @@
-"""Questions about one node that the cast pass asks."""
+"""Questions about one node that passes ask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import is_float, source, tensor
+from .policy import VIEWS, op_name
 
 aten = torch.ops.aten
 
@@ -33,3 +34,28 @@ def widened_from(value: Node) -> Node | None:
     narrow = source(value)
     same_device = tensor(narrow).device == tensor(value).device
     return narrow if is_float(narrow) and same_device else None
+
+
+def nbytes(node: Node) -> int:
+    """Bytes of a node's tensor; 0 for numbers and tuples, an estimate for symbolic sizes."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return int(size_hint(value.numel())) * value.dtype.itemsize
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size as a number: for a symbolic one, that of the call being compiled."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return 1 if hint is None else int(hint)
+    return size
+
+
+def storage_of(node: Node) -> Node:
+    """The value whose storage a chain of views looks at; a result of a multi-output kernel is its own."""
+    while op_name(node.target) in VIEWS and isinstance(node.args[0], Node):
+        if op_name(node.target) == "getitem" and op_name(node.args[0].target) not in VIEWS:
+            break
+        node = node.args[0]
+    return node

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map_only  # public in all but name: torch.export's documents use it
 
 from .graph import Origin, Phase, StepGraph, origin, phase
 
 aten = torch.ops.aten
+_PROVENANCE = ("stack_trace", "nn_module_stack")  # what ties a node to the user's code
 
 
 class Editor:
@@ -74,15 +75,28 @@ class Editor:
         args, kwargs = tree_map_only(Node, lambda n: copies.get(n, n), (node.args, node.kwargs))
         return self.call(node.target, *args, when=when, reason=reason, **kwargs)
 
-    def never(self, loss: Node, reason: str) -> Node:
-        """A 0-d bool right after ``loss`` that is always false, though it is computed from it."""
-        with self.after(loss):
-            total = loss
-            if loss.meta["val"].ndim:
-                total = self.call(aten.sum.default, loss, when=Phase.FORWARD, reason=reason)
-            is_nan = self.call(aten.ne.Tensor, total, total, when=Phase.FORWARD, reason=reason)
-            is_number = self.call(aten.eq.Tensor, total, total, when=Phase.FORWARD, reason=reason)
-            return self.call(aten.logical_and.default, is_nan, is_number, when=Phase.FORWARD, reason=reason)
+    def expand(self, node: Node, body: GraphModule, *, reason: str) -> None:
+        """Replace ``node`` by ``body``, a graph over the same inputs that computes the same results."""
+        values: dict[Node, Any] = {}
+        inputs = iter(node.all_input_nodes)
+        results: Any = None
+        with self.before(node):
+            for part in body.graph.nodes:
+                if part.op == "placeholder":
+                    values[part] = next(inputs)
+                elif part.op == "output":
+                    results = tree_map_only(Node, values.__getitem__, part.args[0])
+                else:
+                    made = self.copy(part, values, when=phase(node), reason=reason)
+                    made.meta.update({key: node.meta[key] for key in _PROVENANCE if key in node.meta})
+                    values[part] = made
+        if isinstance(results, (tuple, list)):
+            for user in list(node.users):
+                self.replace_uses(user, results[int(str(user.args[1]))])
+                self.erase(user)
+        else:
+            self.replace_uses(node, results)
+        self.erase(node)
 
     def refresh(self, node: Node) -> None:
         """Recompute the fake value of a node from those of its inputs."""
@@ -101,6 +115,16 @@ class Editor:
         """Make users of ``old`` read ``new``, except those that ``keep`` accepts."""
         for user in old.replace_all_uses_with(new, delete_user_cb=lambda user: not keep(user)):
             self.touched.add(user)
+
+    def move_after(self, node: Node, anchor: Node) -> None:
+        """Move ``node`` right behind ``anchor``; what it reads must stand before."""
+        anchor.append(node)
+        self.touched.add(node)
+
+    def read_instead(self, user: Node, old: Node, new: Node) -> None:
+        """Make one node read ``new`` where it reads ``old``."""
+        user.replace_input_with(old, new)
+        self.touched.add(user)
 
     def erase(self, node: Node) -> None:
         """Remove a node without users."""

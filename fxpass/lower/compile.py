@@ -11,12 +11,15 @@ from .. import _torch
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
-from .outline import cut, find_units, run_with_updates, to_graph
+from .outline import call_units, find_units, to_graph, with_units
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
     # heuristics by an estimate that is 20 to 40 % off, and undoes that order.
     "reorder_for_peak_memory": False,
+    # Meant for inference: it moves what makes a value down to its first reader. For a gradient
+    # that is the verdict, after all of backward, with the activations of all layers still alive.
+    "reorder_for_locality": False,
     # All updates read found_inf, the clip coefficient and the learning rate: of the pairs of
     # kernels that share a buffer, nearly all share only those, and asking about each of them
     # took half of the compile time.
@@ -48,24 +51,14 @@ def _outlined(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any
     units = find_units(step)
     if not units:
         return _whole(step, inputs, settings)
-    output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
-    outputs = len(output.args[0])
     graphs = {unit.key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for unit in units}
-    values = {node: i for i, node in enumerate(cut(step, units))}
-    positions = {n: i for i, n in enumerate(n for n in step.graph.nodes if n.op == "placeholder")}
+    call_units(step, units)
     main = _whole(step, inputs, settings)
     compiled = {
         key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)))
         for key, (gm, fakes) in graphs.items()
     }
-    updates = [
-        (
-            compiled[unit.key],
-            [(positions[n], True) if n in positions else (values[n], False) for n in unit.inputs],
-        )
-        for unit in units
-    ]
-    return run_with_updates(main, updates, outputs)
+    return with_units(main, [compiled[unit.key] for unit in units])
 
 
 def _eager(step: StepGraph) -> Callable[..., Any]:

@@ -22,9 +22,12 @@ BLOCK = (
     1 << 17
 )  # elements of one float32 scratch block at least (0.5 MB), an eighth of the operands if that is more
 
+# Without it Inductor copies an argument to the strides of the traced graph, once for each reader:
+# a gradient that two products read would be stored in float32 and rounded twice.
+_ANY_LAYOUT = (torch.Tag.flexible_layout,)
 _library = torch.library.Library("fxpass", "FRAGMENT")
-_library.define("half_mm(Tensor a, Tensor b) -> Tensor")
-_library.define("half_addmm(Tensor bias, Tensor a, Tensor b) -> Tensor")
+_library.define("half_mm(Tensor a, Tensor b) -> Tensor", tags=_ANY_LAYOUT)
+_library.define("half_addmm(Tensor bias, Tensor a, Tensor b) -> Tensor", tags=_ANY_LAYOUT)
 
 
 def _blocked(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,7 +87,7 @@ def _define_widened(target: torch._ops.OpOverload, half_outputs: tuple[bool, ...
     and backward and keep the float32 copies from one to the other.
     """
     name = "half_" + target._schema.name.split("::")[1]
-    _library.define(name + str(target._schema).split(target._schema.name)[1])
+    _library.define(name + str(target._schema).split(target._schema.name)[1], tags=_ANY_LAYOUT)
 
     def wide(*args: Any, **kwargs: Any) -> Any:
         widen = lambda a: a.float() if _is_half_tensor(a) else a  # noqa: E731

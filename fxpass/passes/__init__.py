@@ -9,6 +9,7 @@ from .check_finite import CheckFinite
 from .clip import Clip
 from .clip_adaptive import ClipAdaptive
 from .clip_value import ClipValue
+from .decompose import Decompose
 from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
@@ -16,6 +17,7 @@ from .grad_norm import GradNorm
 from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
+from .second_backward import SecondBackward
 from .skip import Skip
 from .unscale import Unscale
 from .update_scale import UpdateScale
@@ -33,8 +35,10 @@ PASSES: tuple[type[GraphPass], ...] = (
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
     Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
+    Decompose,  # normalisations and softmax of forward, by their parts
     Recompute,  # what costs less again than to keep
-    Release,  # casts of backward wait for the loss
+    SecondBackward,  # gradients again, after the verdict
+    Release,  # each update right behind its gradient
     Finish,  # erase marks and dead nodes
 )
 

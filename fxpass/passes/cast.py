@@ -102,7 +102,7 @@ class _Caster:
         floats = [n for n in node.all_input_nodes if is_float(n)]
         if not floats or _drop_if_idle(node, self.edit):
             return
-        if node in self.weights and tensor(node).dtype == self.low:
+        if node in self.weights and is_float(node) and tensor(node).dtype == self.low:
             self.made_in[node] = self.made_in.get(source(node), self.segment)
         if node.target is aten.copy_.default:
             self._replace(node, source(node, 1), tensor(source(node)).dtype, "stored value")
@@ -259,8 +259,10 @@ class _Caster:
             when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
             if value in self.made_in and is_cast(value, dtype):
                 return self._cast(user, source(value), dtype, "a weight's copy does not wait for backward")
-            if value in self.weights and op_name(value.target) in RESHAPES:
-                # an RNN transposes its weight at every time step: cast it once, transpose that
+            shared = value in self.weights or dtype == self.low
+            if op_name(value.target) in RESHAPES and shared and is_float(value.args[0]):
+                # an RNN transposes its weight at every time step, two products read a gradient in
+                # two shapes: cast it once, look at that
                 base = self._cast(user, source(value), dtype, reason)
                 with self.edit.before(user):
                     new = self.edit.call(value.target, base, *value.args[1:], when=when, reason=reason)  # pyright: ignore[reportArgumentType]

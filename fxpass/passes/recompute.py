@@ -2,159 +2,191 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
+from ..analysis.cost import is_deterministic, is_pointwise, seconds
+from ..analysis.nodes import nbytes, storage_of
 from ..analysis.policy import VIEWS, op_name
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, phase, seed_losses, tensor
+from ..ir.graph import Phase, StepGraph, phase
 from .base import GraphPass
 
-aten = torch.ops.aten
-
-# Elementwise, or a reduction over the last dimension: no matrix product, no random number.
-CHEAP = frozenset(
-    "_to_copy add sub mul div neg gelu silu relu sigmoid tanh where masked_fill native_layer_norm "
-    "_fused_rms_norm pow rsqrt mean getitem _log_softmax _softmax eq ne lt le gt ge logical_not "
-    "clone exp log scalar_tensor full".split()
-)
-MAX_NODES = 6  # of one recomputation: beyond, time is no longer free
-MIN_ELEMENTS = 1024
+MIN_BYTES = 4096  # smaller values are not worth a decision
+# How many large values one recomputation may start from. A residual stream is a chain of sums:
+# without a bound its last sum would be recomputed from all of them, which then live at once.
+MAX_LEAVES = 2
+MAX_NODES = 200
+EPSILON = 1e-12  # seconds: what repeats nothing but views is free
 
 
 @dataclass(frozen=True)
 class Recompute(GraphPass):
-    """Repeat cheap forward operations in backward when their inputs take less memory than their result.
+    """Choose which values of forward are kept for backward, and compute the others again there.
 
-    A gelu's output is kept for the next product's gradient although its input
-    is kept for the gelu's own gradient; a log-softmax is kept in float32 although
-    the float16 logits would do. Inputs that backward keeps anyway count nothing.
-    The repeated operations are bitwise the same. They read their inputs through
-    ``where(never, 0, x)``, as the weights of the release pass do, so that
-    Inductor cannot fuse them with the forward's.
+    Without a budget only what is free is repeated: elementwise operations whose
+    inputs are kept anyway, or are smaller than their result. A gelu's output is
+    kept for the next product's gradient although its input is kept for the
+    gelu's own; a log-softmax is kept in float32 although the float16 logits and
+    two numbers per row would do. With a ``memory_budget``, matrix products,
+    attention and reductions are repeated too, until the kept bytes are at most
+    that share of those of the step without recomputation: those first that free
+    the most bytes, for the longest time, per second of repeated work. A smaller budget repeats
+    all that a larger one does, and more. Random numbers are never drawn again.
     """
 
     name: ClassVar[str] = "recompute"
+    memory_budget: float | None = None
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        losses = [loss for loss in seed_losses(step).values() if loss is not None]
-        if len(losses) != 1:
-            edit.decline(f"{len(losses)} backwards: it is not known which forward belongs to which")
+        choice = _Choice(step)
+        if not choice.kept:
+            edit.decline("backward reads nothing large of forward")
             return
-        order = {n: i for i, n in enumerate(step.graph.nodes)}
-        saved = _saved(step)
-        chosen: list[tuple[Node, set[Node]]] = []
-        for node in sorted(saved, key=order.__getitem__):
-            plan = _plan(node, saved)
-            if plan is None:
+        allowed = choice.kept_bytes() * (1.0 if self.memory_budget is None else self.memory_budget)
+        choice.take_what_is_free()
+        choice.take_until(allowed)
+        if self.memory_budget is not None and choice.kept_bytes() > allowed:
+            edit.decline(
+                f"{choice.kept_bytes()} bytes stay: nothing more can be repeated ({allowed:.0f} allowed)"
+            )
+        _repeat(step, edit, choice.again)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One value computed again: the nodes to repeat and the large values they start from."""
+
+    value: Node
+    body: frozenset[Node]
+    leaves: frozenset[Node]
+
+
+class _Choice:
+    """The values kept for backward, and the nodes that are computed again instead."""
+
+    def __init__(self, step: StepGraph) -> None:
+        self.order = {n: i for i, n in enumerate(step.graph.nodes)}
+        self.kept = set(_read_by_backward(step))
+        self.again: set[Node] = set()
+        self.cost = functools.cache(seconds)
+
+    def kept_bytes(self) -> int:
+        return sum(map(nbytes, self.kept))
+
+    def take_what_is_free(self) -> None:
+        for value in sorted(self.kept, key=self.order.__getitem__):
+            plan = self._plan(value, pointwise_only=True)
+            if plan is not None and self._freed(plan) > 0:
+                self._take(plan)
+
+    def take_until(self, allowed: float) -> None:
+        """Take the plans that free the most bytes per second until ``kept_bytes() <= allowed``."""
+        while self.kept_bytes() > allowed:
+            best: tuple[float, _Plan] | None = None
+            for value in sorted(self.kept, key=self.order.__getitem__):
+                plan = self._plan(value, pointwise_only=False)
+                if plan is None or self._freed(plan) <= 0:
+                    continue
+                work = sum(map(self.cost, plan.body - self.again)) or EPSILON
+                rate = self._freed(plan) * self._idle(value) / work
+                if best is None or rate > best[0]:
+                    best = rate, plan
+            if best is None:
+                return
+            self._take(best[1])
+
+    def _idle(self, value: Node) -> int:
+        """How many nodes run between the last reader in forward and the first in backward."""
+        readers, stack = [], [value]
+        while stack:
+            for user in stack.pop().users:
+                readers.append(user)
+                stack += [user] if _is_view(user) else []
+        forward = [self.order[n] for n in readers if phase(n) is Phase.FORWARD]
+        backward = [self.order[n] for n in readers if phase(n) is Phase.BACKWARD and not _is_view(n)]
+        return max(1, min(backward, default=0) - max(forward, default=self.order[value]))
+
+    def _freed(self, plan: _Plan) -> int:
+        return nbytes(plan.value) - sum(nbytes(leaf) for leaf in plan.leaves - self.kept)
+
+    def _take(self, plan: _Plan) -> None:
+        self.kept.remove(plan.value)
+        self.kept |= plan.leaves
+        self.again |= plan.body
+
+    def _plan(self, value: Node, *, pointwise_only: bool) -> _Plan | None:
+        body: set[Node] = set()
+        leaves: set[Node] = set()
+        stack = [value]
+        while stack:
+            node = stack.pop()
+            if node in body or node.op == "placeholder":
                 continue
-            body, leaves = plan
-            cost = sum(_bytes(leaf) for leaf in leaves if leaf not in saved and leaf.op != "placeholder")
-            if _bytes(node) > cost:
-                chosen.append((node, body))
-                saved.remove(node)
-                saved |= {leaf for leaf in leaves if leaf.op != "placeholder"}
-        tie = _Tie(step, edit, losses[0])
-        for node, body in reversed(chosen):
-            _repeat(edit, node, sorted(body, key=order.__getitem__), tie)
+            can_repeat = phase(node) is Phase.FORWARD and is_deterministic(node)
+            can_repeat = can_repeat and (not pointwise_only or is_pointwise(node) or _is_view(node))
+            if node is not value and (node in self.kept or not can_repeat):
+                leaves.add(node)
+                continue
+            body.add(node)
+            if not can_repeat or len(body) > MAX_NODES:
+                return None
+            stack += node.all_input_nodes
+        large = [leaf for leaf in leaves if nbytes(leaf) * 8 > nbytes(value)]
+        if len(large) > MAX_LEAVES or any(not isinstance(leaf.meta["val"], torch.Tensor) for leaf in leaves):
+            return None
+        return _Plan(value, frozenset(body), frozenset(leaves))
 
 
-class _Tie:
-    """``where(never, 0, x)`` for values of forward, one per value."""
-
-    def __init__(self, step: StepGraph, edit: Editor, loss: Node) -> None:
-        self.step, self.edit, self.loss = step, edit, loss
-        self.never: Node | None = None
-
-    def __call__(self, value: Node) -> Node:
-        if self.never is None:
-            self.never = self.edit.never(self.loss, "false for every loss, but no compiler knows")
-        dtype = tensor(value).dtype
-        nothing = 0.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
-        arguments = (self.never, nothing, value)
-        reason = "a recomputation must wait for the loss"
-        return self.edit.call(aten.where.ScalarSelf, *arguments, when=Phase.BACKWARD, reason=reason)
+def _is_view(node: Node) -> bool:
+    return op_name(node.target) in VIEWS
 
 
-def _storage(node: Node) -> Node:
-    """The value that a view looks at."""
-    while op_name(node.target) in VIEWS - {"getitem"} and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def _saved(step: StepGraph) -> set[Node]:
-    """Values of forward, big enough to matter, that backward reads, directly or through a view."""
-    found = set()
+def _read_by_backward(step: StepGraph) -> Iterator[Node]:
+    """Values of forward, big enough to matter, that backward reads, directly or through views."""
     for node in step.nodes():
         if phase(node) is Phase.BACKWARD:
-            found |= {_storage(n) for n in node.all_input_nodes if phase(n) is Phase.FORWARD}
-    return {n for n in found if n.op == "call_function" and _elements(n) >= MIN_ELEMENTS}
+            for value in map(storage_of, node.all_input_nodes):
+                if (
+                    value.op == "call_function"
+                    and phase(value) is Phase.FORWARD
+                    and nbytes(value) >= MIN_BYTES
+                ):
+                    yield value
 
 
-def _elements(node: Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel()) if isinstance(value, torch.Tensor) and not _symbolic(value) else 0
+def _repeat(step: StepGraph, edit: Editor, again: set[Node]) -> None:
+    """Let backward read copies of ``again``, each made right before its first reader."""
+    copies: dict[Node, Node] = {}
+    order = {n: i for i, n in enumerate(step.graph.nodes)}
+    for node in list(step.nodes()):
+        if phase(node) is not Phase.BACKWARD:
+            if phase(node) is Phase.FORWARD:
+                copies.clear()  # another forward begins: its backward repeats for itself
+            continue
+        with edit.before(node):
+            for needed in sorted(_needed(node, again, copies), key=order.__getitem__):
+                reason = "costs less to compute again than to keep"
+                copies[needed] = edit.copy(needed, copies, when=Phase.BACKWARD, reason=reason)
+        for old in node.all_input_nodes:
+            if old in copies:
+                edit.read_instead(node, old, copies[old])
 
 
-def _symbolic(value: torch.Tensor) -> bool:
-    return any(isinstance(s, torch.SymInt) for s in value.shape)
-
-
-def _bytes(node: Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel()) * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
-
-
-def _plan(node: Node, saved: set[Node]) -> tuple[set[Node], set[Node]] | None:
-    """The cheap nodes that compute ``node`` and the values they start from; None if there are none."""
-    body: set[Node] = set()
-    leaves: set[Node] = set()
-    stack = [node]
+def _needed(node: Node, again: set[Node], copies: dict[Node, Node]) -> set[Node]:
+    """What must be copied before ``node``: nodes of ``again`` it reads, views of them, and their inputs."""
+    found: set[Node] = set()
+    stack = [n for n in node.all_input_nodes if storage_of(n) in again]
     while stack:
         current = stack.pop()
-        if current in body or current in leaves:
+        if current in found or current in copies:
             continue
-        starts = current is not node and (current.op == "placeholder" or _storage(current) in saved)
-        if starts or (current is not node and not _cheap(current)):
-            leaves.add(current)
-            continue
-        if not _cheap(current) or len(body) == MAX_NODES:
-            return None
-        body.add(current)
-        stack += current.all_input_nodes
-    if any(not isinstance(leaf.meta["val"], torch.Tensor) for leaf in leaves):
-        return None
-    return body, leaves
-
-
-def _cheap(node: Node) -> bool:
-    name = op_name(node.target)
-    return node.op == "call_function" and phase(node) is Phase.FORWARD and (name in CHEAP or name in VIEWS)
-
-
-def _repeat(edit: Editor, node: Node, body: list[Node], tie: _Tie) -> None:
-    """Compute ``node`` again before its first use in backward, and use that there."""
-    views = [n for n in node.users if phase(n) is Phase.FORWARD and _storage(n) is node]
-    users = {u for n in (node, *views) for u in n.users if phase(u) is Phase.BACKWARD}
-    first = edit.first(users)
-    if first is None:
-        return
-    copies: dict[Node, Node] = {}
-    with edit.before(first):
-        for original in body:
-            for source in original.all_input_nodes:
-                if source not in copies and source not in body:
-                    copies[source] = tie(source) if source.op != "placeholder" else source
-            reason = f"{node.name} costs less again"
-            copies[original] = edit.copy(original, copies, when=Phase.BACKWARD, reason=reason)
-        for view in views:
-            if any(u in users for u in view.users):
-                reason = f"view of {node.name}"
-                copies[view] = edit.copy(view, copies, when=Phase.BACKWARD, reason=reason)
-    for old in (node, *views):
-        if old in copies:
-            edit.replace_uses(old, copies[old], keep=lambda user: user not in users)
+        if current in again or (_is_view(current) and storage_of(current) in again):
+            found.add(current)
+            stack += current.all_input_nodes
+    return found

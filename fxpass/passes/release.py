@@ -1,4 +1,4 @@
-"""Tie weight casts of backward to the loss, so that they are not made in forward."""
+"""Check each gradient as it is born, update its parameter as soon as may be, and free it."""
 
 from __future__ import annotations
 
@@ -9,50 +9,96 @@ import torch
 from torch.fx import Node
 
 from ..analysis.policy import VIEWS, op_name
+from ..analysis.updates import update_groups
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, phase, seed_losses, tensor
+from ..ir.graph import Phase, StepGraph, phase, source
 from .base import GraphPass
 
 aten = torch.ops.aten
+# What may move: everything after the backward that made a gradient.
+MOVABLE = (Phase.GRADIENT, Phase.CHECK, Phase.UPDATE)
 
 
 @dataclass(frozen=True)
 class Release(GraphPass):
-    """Make each backward's casts of weights depend on that backward's loss.
+    """Move checks and updates up to where the last value they need is born.
 
-    Forward and backward each cast a weight for themselves, but both casts read
-    the same input, so Inductor's scheduler fuses them into one kernel and every
-    low-precision weight lives from forward to backward: 2 bytes per parameter
-    at the peak. ``where(never, 0, weight)`` with a ``never`` computed from the
-    loss is bitwise the weight, and cannot run before the loss is known.
+    In the graph as captured gradients are looked at when backward is over, so
+    all of them live at once. The norm and the finite check of a gradient need
+    only itself: they follow its birth. An update needs its own gradient, its
+    verdict and clip coefficient, and that nobody reads the old parameter any
+    more: where that is known early (``skip="tensor"``, or gradients computed a
+    second time after the verdict) one gradient is alive at a time. With one
+    verdict over all gradients of one backward, updates stay where they are.
     """
 
     name: ClassVar[str] = "release"
+    skip: str = "step"
+    release: bool = False
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        seeds = seed_losses(step)
-        current: Node | None = None
-        never: dict[Node, Node] = {}
-        for node in list(step.graph.nodes):
-            if node in seeds:
-                current = seeds[node]
-            if current is None or not _casts_a_weight(node):
+        order = {n: i for i, n in enumerate(step.graph.nodes)}
+        values = dict.fromkeys([*(v for _, v in step.checked), *step.square_sums.values()])
+        plans = [_plan(order, [value]) for value in values]
+        if self.skip == "step" and not self.release:
+            edit.decline("one verdict over all gradients: every update waits for the last of them")
+        else:
+            for group in update_groups(step):
+                plans.append(_plan(order, group.writes))
+                if plans[-1] is None:
+                    name = step.names.get(source(group.writes[0]), "?")
+                    edit.decline(f"{name}: its update needs no gradient")
+        _move(edit, sorted((p for p in plans if p is not None), key=lambda plan: order[plan.anchor]))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Nodes that may stand right behind ``anchor``, in order."""
+
+    anchor: Node
+    nodes: list[Node]
+
+
+def _plan(order: dict[Node, int], results: list[Node]) -> _Plan | None:
+    """How far up ``results`` can move, with what they need; None if they could stand anywhere."""
+    needed = set(results)
+    stack = list(results)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in needed and node.op == "call_function" and phase(node) in MOVABLE:
+                needed.add(node)
+                stack.append(node)
+    before = {n for node in needed for n in node.all_input_nodes if n.op == "call_function"} - needed
+    for write in results:
+        if write.target is aten.copy_.default:
+            before |= _readers(source(write), needed)
+    if not before:
+        return None
+    anchor = max(before, key=order.__getitem__)
+    return _Plan(anchor, sorted((n for n in needed if order[n] > order[anchor]), key=order.__getitem__))
+
+
+def _move(edit: Editor, plans: list[_Plan]) -> None:
+    last: dict[Node, Node] = {}  # the last node moved behind an anchor
+    moved: set[Node] = set()
+    for plan in plans:
+        for node in plan.nodes:
+            if node not in moved:
+                edit.move_after(node, last.get(plan.anchor, plan.anchor))
+                last[plan.anchor] = node
+                moved.add(node)
+
+
+def _readers(old: Node, needed: set[Node]) -> set[Node]:
+    """Who reads an input before it is written, directly or through views, other than its own update."""
+    found: set[Node] = set()
+    stack = [old]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in needed or user in found or user.op == "output":
                 continue
-            if current not in never:
-                never[current] = edit.never(current, "false for every loss, but no compiler knows")
-            with edit.before(node):
-                reason = "a weight cast of backward must wait for the loss"
-                source = node.args[0]
-                tied = edit.call(
-                    aten.where.ScalarSelf, never[current], 0.0, source, when=Phase.BACKWARD, reason=reason
-                )
-            edit.set_arg(node, 0, tied)
-
-
-def _casts_a_weight(node: Node) -> bool:
-    if node.target is not aten._to_copy.default or phase(node) is not Phase.BACKWARD:
-        return False
-    source = node.args[0]
-    while isinstance(source, Node) and source.op == "call_function" and op_name(source.target) in VIEWS:
-        source = source.args[0]
-    return isinstance(source, Node) and source.op == "placeholder" and tensor(node).numel() > 1
+            found.add(user)
+            if op_name(user.target) in VIEWS:
+                stack.append(user)
+    return found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, phase, tensor
 from fxpass.passes import PASSES, passes_for
 from fxpass.passes.cast import Cast
+from fxpass.passes.decompose import Decompose
 from fxpass.passes.recompute import Recompute
 from fxpass.passes.scale_loss import ScaleLoss
 from tests.graphs import graph_of, inserted_by, targets
@@ -57,12 +60,45 @@ def kept_bytes(step: Any) -> int:
 
 def test_keeps_the_inputs_of_gelu_and_log_softmax_instead_of_their_results() -> None:
     before, _ = graph_of(step_of(Net()), batch(), [ScaleLoss(), Cast()])
-    after, (_, _, record) = graph_of(step_of(Net()), batch(), [ScaleLoss(), Cast(), Recompute()])
+    after, records = graph_of(step_of(Net()), batch(), [ScaleLoss(), Cast(), Decompose(), Recompute()])
     made = targets(inserted_by(after, "recompute"))
     assert "aten.gelu.default" in made
-    assert "aten._log_softmax.default" in made
-    assert record.inserted == len(made)
-    assert kept_bytes(after) < kept_bytes(before) * 0.8
+    assert "aten.exp.default" not in made, "the sum over a row is kept, not its terms"
+    assert records[-1].inserted == len(made)
+    assert kept_bytes(after) < kept_bytes(before) * 0.7
+
+
+def deep() -> nn.Module:
+    layers = [
+        nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4)
+    ]
+    return nn.Sequential(*layers)
+
+
+def test_a_smaller_budget_keeps_less_and_repeats_all_that_a_larger_one_does() -> None:
+    def step_of_deep() -> Any:
+        model = deep()
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x: Tensor) -> None:
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+        return step
+
+    kept, made = [], []
+    for budget in (None, 1.0, 0.7, 0.5, 0.3, 0.1, 0.0):
+        passes = [ScaleLoss(), Cast(), Decompose(), Recompute(memory_budget=budget)]
+        after, _ = graph_of(step_of_deep(), (torch.randn(64, 32),), passes)
+        kept.append(kept_bytes(after))
+        made.append(targets(inserted_by(after, "recompute")))
+    assert kept[0] == kept[1]
+    assert all(a >= b for a, b in pairwise(kept))
+    assert kept[-1] < kept[0] * 0.6
+    assert all(len(a) <= len(b) for a, b in pairwise(made))
+    assert any("mm" in name for name in made[-1])
+    assert not any("mm" in name for name in made[0])
 
 
 def test_never_repeats_a_product_or_a_random_number() -> None:
@@ -79,7 +115,7 @@ def test_never_repeats_a_product_or_a_random_number() -> None:
     assert not [t for t in made if "mm" in t or "rand" in t or "dropout" in t or "bernoulli" in t]
 
 
-def test_declines_with_several_backwards() -> None:
+def test_each_of_several_backwards_repeats_for_itself() -> None:
     model = Net()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -89,18 +125,31 @@ def test_declines_with_several_backwards() -> None:
         opt.step()
         opt.zero_grad()
 
-    _, (record,) = graph_of(step, batch(), [Recompute()])
-    assert record.inserted == 0
-    assert "2 backwards" in record.declined[0]
+    after, _ = graph_of(step, batch(), [ScaleLoss(), Cast(), Decompose(), Recompute()])
+    assert targets(inserted_by(after, "recompute")).count("aten.gelu.default") == 2
 
 
-def test_bitwise_the_same_step() -> None:
+def test_declines_what_keeps_nothing() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    opt = torch.optim.SGD([weight], lr=0.1)
+
+    def step(x: Tensor) -> None:
+        (weight * x).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    _, (record,) = graph_of(step, (torch.randn(4),), [Recompute()])
+    assert record.declined == ("backward reads nothing large of forward",)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, 0.0])
+def test_bitwise_the_same_step(budget: float | None) -> None:
     model = Net()
     without = tuple(cls for cls in PASSES if cls is not Recompute)
     results = []
     for passes in (PASSES, without):
         mine = copy.deepcopy(model)
-        chosen = [p for p in passes_for(MixedPrecision()) if type(p) in passes]
+        chosen = [p for p in passes_for(MixedPrecision(memory_budget=budget)) if type(p) in passes]
         with mock.patch.object(fxpass.compile, "passes_for", lambda options, chosen=chosen: chosen):
             step = torch.compile(step_of(mine), backend=MixedPrecision(codegen="eager"))
             torch.manual_seed(1)

@@ -1,0 +1,76 @@
+"""Which writes of a step belong together: a parameter, its optimizer state, and what computes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from ..ir.graph import Phase, Role, StepGraph, origin, phase
+from ..ir.marks import GRAD, MARK
+
+aten = torch.ops.aten
+
+
+@dataclass
+class UpdateGroup:
+    """Writes that share computation: usually one parameter, its state tensors and its step count."""
+
+    writes: list[Node]  # copy_ nodes, in graph order
+    body: set[Node]  # update nodes, and the unscale of their gradients
+
+
+def update_groups(step: StepGraph) -> list[UpdateGroup]:
+    """The writes of parameters and optimizer states, grouped, in the order of their first write."""
+    owner: dict[Node, int] = {}
+    groups: dict[int, UpdateGroup] = {}
+    for number, write in enumerate(n for n in step.graph.nodes if n.target is aten.copy_.default):
+        if step.roles.get(write.args[0]) not in (Role.PARAMETER, Role.STATE):
+            continue
+        body = _body(write)
+        group = UpdateGroup([write], body)
+        for other in {owner[n] for n in body if n in owner}:
+            merged = groups.pop(other)
+            group = UpdateGroup([*merged.writes, *group.writes], merged.body | group.body)
+        groups[number] = group
+        owner.update({n: number for n in group.body if phase(n) is Phase.UPDATE})
+    order = {n: i for i, n in enumerate(step.graph.nodes)}
+    for group in groups.values():
+        group.writes.sort(key=order.__getitem__)
+    return sorted(groups.values(), key=lambda g: order[g.writes[0]])
+
+
+def gradients_behind(nodes: set[Node]) -> list[Node]:
+    """The GRAD marks that values depend on."""
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target is MARK and node.args[1] == GRAD:
+            found[node] = None
+            continue
+        stack += [n for n in node.all_input_nodes if n.op != "placeholder"]
+    return list(found)
+
+
+def _body(write: Node) -> set[Node]:
+    found: set[Node] = set()
+    stack = list(write.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and _belongs(node):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _belongs(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    unscales = phase(node) is Phase.GRADIENT and origin(node) is not None
+    return phase(node) is Phase.UPDATE or unscales

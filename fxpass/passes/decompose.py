@@ -1,0 +1,72 @@
+"""Split normalisations, softmax and dropout of forward into their parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from .. import _torch
+from ..analysis.policy import op_name
+from ..ir.edit import Editor
+from ..ir.graph import Phase, StepGraph, phase
+from ..ir.marks import SEED
+from .base import GraphPass
+
+aten = torch.ops.aten
+
+SPLIT = frozenset(
+    "native_layer_norm native_group_norm _fused_rms_norm _log_softmax _softmax native_batch_norm "
+    "_native_batch_norm_legit _native_batch_norm_legit_functional _batch_norm_with_update_functional "
+    "cudnn_batch_norm".split()
+)
+
+
+@dataclass(frozen=True)
+class Decompose(GraphPass):
+    """Split normalisations, softmax and dropout of forward, so that backward can keep the small part.
+
+    A layer norm is two statistics per row and a formula per element: once it is
+    split, the recompute pass can keep the statistics and repeat the formula.
+    The parts are those Inductor would split it into later. Precision has been
+    decided before: the policy knows the whole operators.
+    """
+
+    name: ClassVar[str] = "decompose"
+
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        if not step.marks(SEED):
+            edit.decline("no backward")
+            return
+        for node in list(step.nodes()):
+            if phase(node) is not Phase.FORWARD:
+                continue
+            name = op_name(node.target)
+            if name in SPLIT:
+                edit.expand(node, _torch.decomposition(node), reason=f"the parts of {name}")
+            elif node.target is aten.native_dropout.default:
+                _split_dropout(edit, node)
+
+
+def _split_dropout(edit: Editor, node: Node) -> None:
+    """``native_dropout``'s value as a product with its mask: the mask is random, the product is not."""
+    x, p, train = node.args
+    values = {u.args[1]: u for u in node.users}
+    if 0 not in values or 1 not in values or train is False or not isinstance(p, float) or p >= 1.0:
+        return
+    value, mask = values[0], values[1]
+    if not _is_before(mask, value):
+        value.prepend(mask)
+    with edit.after(value):
+        kept = edit.call(aten.mul.Tensor, x, mask, when=Phase.FORWARD, reason="dropout by its mask")
+        scaled = edit.call(
+            aten.mul.Tensor, kept, 1.0 / (1.0 - p), when=Phase.FORWARD, reason="dropout by its mask"
+        )
+    edit.replace_uses(value, scaled)
+    edit.erase(value)
+
+
+def _is_before(first: Node, second: Node) -> bool:
+    return first < second

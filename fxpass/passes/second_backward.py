@@ -1,0 +1,97 @@
+"""Compute the gradients a second time, after the verdict, so that none has to wait for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Node
+
+from ..analysis.cost import is_deterministic
+from ..analysis.nodes import nbytes
+from ..analysis.policy import VIEWS, op_name
+from ..ir.edit import Editor
+from ..ir.graph import Phase, StepGraph, phase, source
+from ..ir.marks import MARK, SEED
+from .base import GraphPass
+
+MIN_BYTES = 4096  # a smaller value of the first backward is kept instead
+AGAIN = (Phase.BACKWARD, Phase.GRADIENT)
+
+
+@dataclass(frozen=True)
+class SecondBackward(GraphPass):
+    """Repeat backward after the verdict and let the updates read the second gradients.
+
+    The first backward then serves the finite check and the global norm alone:
+    each of its gradients is reduced to a number and freed. The second one
+    computes the same bits from what forward saved, and each gradient goes
+    straight into its parameter's update. Exact skip and exact clipping for
+    2 bytes per parameter less, at the price of one more backward; activations
+    live until the second backward is through with them.
+    """
+
+    name: ClassVar[str] = "second_backward"
+    release: bool = False
+
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        if not self.release:
+            edit.decline("release is False: gradients wait for the verdict")
+            return
+        seeds = step.marks(SEED)
+        if len(seeds) != 1 or not step.found_inf:
+            edit.decline(f"{len(seeds)} backwards: the activations of all would have to be kept")
+            return
+        first = edit.first(n for n in step.nodes() if phase(n) is Phase.UPDATE)
+        reads = [(user, n) for user in step.nodes() if phase(user) is Phase.UPDATE for n in _large(user)]
+        if first is None or not reads:
+            edit.decline("no large gradient reaches an update")
+            return
+        again = _behind([n for _, n in reads])
+        copies: dict[Node, Node] = {}
+        verdict = _latest(step, list(step.found_inf.values()))
+        with edit.before(_later(step, first, verdict.next)):
+            for node in [n for n in step.graph.nodes if n in again]:
+                copies[node] = (
+                    copies.get(source(node), source(node))
+                    if node.target is MARK
+                    else edit.copy(
+                        node, copies, when=phase(node), reason="the gradient again, after the verdict"
+                    )
+                )
+        for user, value in reads:
+            if copies[value] is not value:
+                edit.read_instead(user, value, copies[value])
+
+
+def _large(user: Node) -> list[Node]:
+    return [n for n in user.all_input_nodes if phase(n) in AGAIN and nbytes(n) >= MIN_BYTES]
+
+
+def _behind(values: list[Node]) -> set[Node]:
+    """What has to be computed again for ``values``: large results of backward, and the views between."""
+    found: set[Node] = set()
+    stack = list(values)
+    while stack:
+        node = stack.pop()
+        if node in found or node.op != "call_function" or phase(node) not in AGAIN or not _repeats(node):
+            continue
+        found.add(node)
+        stack += node.all_input_nodes
+    return found
+
+
+def _repeats(node: Node) -> bool:
+    if node.target is MARK:
+        return True
+    tensors = nbytes(node) >= MIN_BYTES or not hasattr(node.meta["val"], "shape")
+    return is_deterministic(node) and (tensors or op_name(node.target) in VIEWS)
+
+
+def _latest(step: StepGraph, nodes: list[Node]) -> Node:
+    order = {n: i for i, n in enumerate(step.graph.nodes)}
+    return max(nodes, key=order.__getitem__)
+
+
+def _later(step: StepGraph, a: Node, b: Node) -> Node:
+    return _latest(step, [a, b])
