@@ -172,6 +172,7 @@ class _Compilation:
         step = to_step(self.captured, gm, by_node)
         events = self.record.events
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
+        step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
         passes = run_pipeline(step, passes_for(self.options), check=self.options.verify)

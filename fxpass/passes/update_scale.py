@@ -58,7 +58,7 @@ def _count(out: Writer, found: Node) -> None:
     again = out.op(aten.add.Tensor, read["consecutive_skipped"], 1)
     out.write("consecutive_skipped", out.select(found, again, _zero(out, "consecutive_skipped")))
     if step.grad_norm is not None:
-        out.write("grad_norm", step.grad_norm)
+        out.write("grad_norm", out.cast(step.grad_norm, torch.float32))
     if step.clipped is not None:
         good = out.op(aten.logical_and.default, step.clipped, out.op(aten.logical_not.default, found))
         out.write("clipped", out.op(aten.add.Tensor, read["clipped"], out.cast(good, torch.int64)))
