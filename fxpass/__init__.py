@@ -2,13 +2,13 @@
 
 from .backend import MixedPrecision as MixedPrecision
 from .backend import of as of
-from .compile import GraphRecord as GraphRecord
 from .errors import CaptureError as CaptureError
 from .errors import FxpassError as FxpassError
 from .errors import LossScaleError as LossScaleError
 from .errors import OptimizerError as OptimizerError
 from .errors import OptionError as OptionError
 from .errors import VerifyError as VerifyError
+from .record import GraphRecord as GraphRecord
 from .runtime.scale import DynamicLossScale as DynamicLossScale
 from .runtime.scale import HeadroomLossScale as HeadroomLossScale
 from .runtime.scale import LossScale as LossScale

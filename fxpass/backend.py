@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
-from .compile import GraphRecord, StepState, compile_frame
+from .compile import StepState, compile_frame
 from .errors import FxpassError, OptionError
 from .options import Options, check_names
+from .record import GraphRecord
 from .runtime.state import ScalerState, StepStats
 from .runtime.watch import Diagnosis, diagnose
 

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,36 +17,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from . import _torch
+from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .ir.graph import StepGraph
 from .ir.text import to_text
+from .look import DryRunEnd, Look, current_look, looking
 from .lower.compile import lower, profile_only
 from .options import Options
 from .passes import passes_for
-from .passes.pipeline import PassRecord, run_pipeline
+from .passes.pipeline import run_pipeline
+from .record import GraphRecord
 from .runtime.report import Reporter
 from .runtime.state import ScalerState
 from .runtime.step import CompiledStep, OptimizerBinding
 from .runtime.watch import REPORT, WATCH, Watch
-
-
-@dataclass
-class GraphRecord:
-    """One compiled graph: text before and after the passes, and what each pass did."""
-
-    before: str
-    after: str
-    passes: list[PassRecord]
-    unreached: dict[str, str]  # trainable parameter -> why it is not updated
-    seconds: dict[str, float]  # compile time by stage: capture, passes, lower; memory: part of lower
-    memory: MemoryProfile  # what is alive when, and the peak
-
-    def inserted(self) -> dict[str, int]:
-        """Nodes inserted per pass."""
-        return {record.name: record.inserted for record in self.passes}
 
 
 @dataclass
@@ -71,13 +56,6 @@ class StepState:
         self.reporter.restart(int(t["skipped"]), float(t["scale"]))
 
 
-class _Profiled(BaseException):
-    """Ends a compilation of which only the profile was wanted."""
-
-
-_profiles: ContextVar[list[MemoryProfile] | None] = ContextVar("fxpass_profiles", default=None)
-
-
 @contextmanager
 def profiling() -> Iterator[list[MemoryProfile]]:
     """A compiled step called inside is captured and scheduled, but not compiled and not run.
@@ -86,13 +64,13 @@ def profiling() -> Iterator[list[MemoryProfile]]:
     Parameters and inputs may be fake: no data is read or changed.
     """
     found: list[MemoryProfile] = []
-    token = _profiles.set(found)
-    try:
+
+    def profile(*graph_inputs_options_mode: Any) -> MemoryProfile:
+        found.append(profile_only(*graph_inputs_options_mode))
+        return found[-1]
+
+    with looking(Look(lambda point, step: None, profile)):
         yield found
-    except _Profiled:
-        pass
-    finally:
-        _profiles.reset(token)
 
 
 def compile_frame(
@@ -117,9 +95,11 @@ def compile_frame(
             places = [(p.group, p.position) for p in event.params if p.has_grad]
             undo.append(optim_state.create_state(event.live(), places, event.where))
         return _Compilation(options, state, gm, inputs, mode, record).run()
-    except BaseException:
+    except BaseException as error:
         for back in undo:
             back()
+        if isinstance(error, DryRunEnd) and not record.events:
+            return gm.forward  # the training part is still to come
         raise
 
 
@@ -175,19 +155,28 @@ class _Compilation:
         step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
-        passes = run_pipeline(step, passes_for(self.options), check=self.options.verify)
+        look = current_look()
+        after_each = look.after_each if look else lambda name, step: None
+        after_each("captured", step)
+        passes = run_pipeline(
+            step, passes_for(self.options), check=self.options.verify, after_each=after_each
+        )
         self._lap("passes")
         if self.watch is not None:
             self._describe(self.watch, step, by_node)
-        after, unreached = to_text(step), checks.unreached(self.record, by_node)
-        profiles = _profiles.get()
-        if profiles is not None:
-            profiles.append(profile_only(step, inputs, self.options, self.mode))
-            raise _Profiled
+        unreached = checks.unreached(self.record, by_node)
+        escaping = checks.escaping(self.record, by_node, self.options.grads == "keep")
+        after = to_text(step)
+        if look is not None:
+            memory = look.profile(step, inputs, self.options, self.mode)
+            record = GraphRecord(before, after, passes, unreached, self.seconds, memory, escaping)
+            self.state.graphs.append(record)
+            raise DryRunEnd
         lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
         self.seconds["memory"] = lowered.seconds
-        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory)
+        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory, escaping)
+        logs.log(record)
         self.state.graphs.append(record)
         return lowered.call
 

@@ -19,10 +19,32 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"errors", "runtime"},
     "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
     "lower": {"_torch", "analysis", "errors", "ir", "options"},
-    "compile": {"_torch", "analysis", "capture", "errors", "ir", "lower", "options", "passes", "runtime"},
-    "backend": {"_torch", "compile", "errors", "options", "runtime"},
-    "cli": {"passes", "__init__"},
-    "__init__": {"backend", "compile", "errors", "runtime"},
+    "record": {"analysis", "passes"},
+    "logs": {"record"},
+    "look": {"analysis", "ir", "options"},
+    "compile": {
+        *(
+            "_torch",
+            "analysis",
+            "capture",
+            "errors",
+            "ir",
+            "logs",
+            "look",
+            "lower",
+            "options",
+            "passes",
+            "record",
+            "runtime",
+        )
+    },
+    "backend": {"_torch", "compile", "errors", "options", "record", "runtime"},
+    "dry_run": {
+        *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
+    },
+    "report": {"__init__", "analysis", "dry_run", "passes"},
+    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
+    "__init__": {"backend", "errors", "record", "runtime"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 PRIVATE = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._guards", "torch._subclasses")

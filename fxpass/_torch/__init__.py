@@ -8,6 +8,9 @@ from .aot import trace as trace
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
 from .dynamo_optimizer import optimizer_step as optimizer_step
+from .fake import fake_tensors as fake_tensors
+from .fake import has_cuda as has_cuda
+from .fake import is_fake as is_fake
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
 from .handles import source_name as source_name

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import sympy
 import torch
@@ -189,6 +190,19 @@ class MemoryProfile:
     def symbols(self) -> dict[str, str]:
         """What each symbolic size is, and its value here: ``{"s0": "x.shape[0] = 8"}``."""
         return {s: f"{self.sources.get(s, '?')} = {value}" for s, value in self.values.items()}
+
+    def plot(self, path: str | None = None) -> Any:
+        """Live bytes by role as a matplotlib figure, saved to ``path`` if one is given.
+
+        Raises:
+            ImportError: matplotlib is not installed (``fxpass[plots]``).
+        """
+        from .plot import timeline_figure
+
+        figure = timeline_figure(self)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""

@@ -153,3 +153,13 @@ def unreached(record: _torch.FrameRecord, names: Mapping[str, str]) -> dict[str,
             name = names.get(str(p.node), f"parameter {p.position} of param group {p.group}")
             found[name] = "requires_grad is False" if frozen else "the loss does not depend on it"
     return found
+
+
+def escaping(record: _torch.FrameRecord, names: Mapping[str, str], keep: bool) -> dict[str, str]:
+    """Leaves whose gradient outlives the step, and why."""
+    found = {}
+    if keep:
+        reason = "left in .grad: grads='keep', and no zero_grad() after its update"
+        found |= {names.get(param, param): reason for param, _ in record.kept}
+    reason = "left in .grad: no optimizer of the step updates it"
+    return found | {names.get(leaf, leaf): reason for leaf in record.escaping}

@@ -209,13 +209,19 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         step.roles.setdefault(node, Role.INPUT)
     for node, (role, name) in zip(placeholders[captured.first_extra :], captured.extra_roles, strict=True):
         step.roles[node] = role
-        step.names[node] = name
+        step.names[node] = _user_name(name, names)
         if role is Role.SCALER:
             step.scaler[name] = node
     for index, (event, name) in enumerate(captured.update_slots):
         step.updates.append(Update(index, event, by_name[name]))
     _set_phases(step)
     return step
+
+
+def _user_name(name: str, names: Mapping[str, str]) -> str:
+    """``exp_avg[l_self_weight]`` with the user's name of the parameter in the brackets."""
+    key, bracket, node = name.rstrip("]").partition("[")
+    return f"{key}[{names.get(node, node)}]" if bracket else name
 
 
 def _mark_backward(graph: Graph) -> None:

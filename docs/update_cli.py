@@ -1,0 +1,97 @@
+"""Rewrite docs/cli.md: the output of every command in it, and the JSON schema.
+
+In a ``console`` block each line ``$ fxpass ...`` is run and what it prints
+replaces the lines after it; ``# first 20 lines`` behind a command keeps only
+these. Run it as ``python docs/update_cli.py``; it takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent / "cli.md"
+BLOCK = re.compile(r"(?m)^```console\n(.*?)^```$", re.DOTALL)
+COMMAND = re.compile(r"^\$ fxpass (?P<args>.*?)(?:  # first (?P<lines>\d+) lines)?$")
+SCHEMA = re.compile(r"(<!-- schema -->\n).*?(<!-- end of schema -->)", re.DOTALL)
+
+
+def output(args: str, lines: int | None = None) -> str:
+    """What ``fxpass ARGS`` prints, or its first ``lines`` lines."""
+    import shlex
+
+    import torch
+
+    from fxpass.cli.app import run
+
+    torch.compiler.reset()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        run(shlex.split(args))
+    text = printed.getvalue().rstrip("\n")
+    kept = text.splitlines()[:lines]
+    return "\n".join([*kept, "..."] if len(kept) < len(text.splitlines()) else kept) + "\n"
+
+
+def updated_block(match: re.Match[str]) -> str:
+    """A console block with the output of its commands as it is now."""
+    parts = []
+    for line in match[1].splitlines():
+        if command := COMMAND.match(line):
+            print(line, file=sys.stderr)
+            lines = int(command["lines"]) if command["lines"] else None
+            parts.append(f"{line}\n{output(command['args'], lines)}")
+    return f"```console\n{''.join(parts)}```"
+
+
+def schema() -> str:
+    """One table per answer, from the dataclasses that are printed as JSON."""
+    from fxpass.analysis.view import NodeView
+    from fxpass.cli import doctor, explain, graph, memory, passes, report
+    from fxpass.report import diff, explanation, inspection
+    from fxpass.report import memory as memory_data
+
+    answers = {
+        "inspect": inspection.Inspection,
+        "graph": graph.GraphResult,
+        "graph-diff": graph.DiffResult,
+        "memory": memory.MemoryResult,
+        "report": report.ReportResult,
+        "explain": explain.ExplainResult,
+        "passes": passes.PassesResult,
+        "doctor": doctor.DoctorResult,
+    }
+    parts = (
+        *(inspection.Region, inspection.PassRow, inspection.Precision, inspection.Float32, NodeView),
+        *(diff.Change, memory.Mode, memory_data.MemorySummary, memory_data.PhaseMemory, memory_data.Alive),
+        *(explanation.Explanation, passes.PassInfo, doctor.Check),
+    )
+    tables = [_table(f'`"schema": "fxpass.{name}/1"`', cls) for name, cls in answers.items()]
+    return "\n".join(tables + [_table(f"`{cls.__name__}`", cls) for cls in parts])
+
+
+def _table(title: str, cls: Any) -> str:
+    source = inspect.getsource(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        comment = re.search(rf"(?m)^ +{field.name}: [^#\n]*#(.*)$", source)
+        rows.append(f"| `{field.name}` | `{field.type}` | {comment[1].strip() if comment else ''} |")
+    said = (cls.__doc__ or "").strip().splitlines()[0]
+    return "\n".join([f"**{title}**: {said}", "", "| field | type | |", "|---|---|---|", *rows, ""])
+
+
+def main() -> None:
+    """Rewrite the page in place."""
+    text = BLOCK.sub(updated_block, PAGE.read_text())
+    PAGE.write_text(SCHEMA.sub(lambda m: f"{m[1]}\n{schema()}\n{m[2]}", text))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()

@@ -1,0 +1,5 @@
+"""``python -m fxpass.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,83 @@
+"""``fxpass explain NODE``: who made a node, from which nodes, and why it has its dtype."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ..report.explanation import Explanation, explanations
+from .errors import UsageProblem
+from .flags import backend_options, capture_options, common_options
+from .look import look_at
+from .output import console, print_json
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """The answer of ``fxpass explain``."""
+
+    target: str
+    nodes: tuple[Explanation, ...]
+
+
+@click.argument("words", nargs=-1, metavar="[TARGET] NODE", required=True)
+@click.option("--inserted", is_flag=True, help="only nodes that a pass inserted")
+@backend_options
+@capture_options
+@common_options
+def explain(
+    words: tuple[str, ...],
+    inserted: bool,
+    options: dict[str, Any],
+    device: str | None,
+    tensors: str,
+    as_json: bool,
+    traceback: bool,
+) -> None:
+    """Say who made NODE of TARGET's step (default: gpt), from which nodes, and why it has its dtype.
+
+    NODE may be a pattern with * and ?.
+
+    \b
+    Example: fxpass explain addmm_3
+             fxpass explain train.py:example '*softmax*'
+             fxpass explain gpt '*' --inserted
+    """
+    if len(words) > 2:
+        raise UsageProblem(f"got {len(words)} words", "give TARGET and one NODE, or a quoted pattern")
+    target, pattern = ("gpt", *words)[-2:]
+    run = look_at(target, options, device, tensors)
+    found = tuple(e for e in explanations(run, pattern) if not inserted or e.reason)
+    if not found:
+        names = [n.name for n in run.final.nodes]
+        near = difflib.get_close_matches(pattern, names, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"list names with: fxpass graph {target}"
+        raise UsageProblem(f"there is no node {pattern!r} in {target}", hint)
+    if as_json:
+        print_json("explain", ExplainResult(target, found))
+        return
+    out = console()
+    for explanation in found:
+        show(explanation, out)
+
+
+def show(found: Explanation, out: Console) -> None:
+    """Print one explanation for a person."""
+    out.print(found.text, style="bold", markup=False, soft_wrap=True)
+    rows = {
+        "made by": f"pass {found.made_by}: {found.reason}" if found.reason else found.made_by,
+        "phase": found.phase,
+        "reads": ", ".join(found.sources),
+        "read by": ", ".join(found.readers),
+        "dtype": f"{found.dtype}: {found.why_dtype}" if found.dtype else found.why_dtype,
+        "module": found.module,
+        "where": found.where,
+        "removed": f"by pass {found.removed_by}: it is not in the compiled graph" if found.removed_by else "",
+    }
+    for name, value in rows.items():
+        if value:
+            out.print(f"  {name:<8} {value}", markup=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""``fxpass inspect TARGET``: was the step captured whole, what was inserted, what runs in which precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ..dry_run import CAPTURED
+from ..report.inspection import FLOATS, Inspection, inspection
+from ..report.memory import NOTES
+from .flags import backend_options, capture_options, common_options, memory_of
+from .look import look_at
+from .memory import show_phases
+from .output import bytes_text, console, print_json, table
+
+
+@click.argument("target")
+@memory_of
+@backend_options
+@capture_options
+@common_options
+def inspect(
+    target: str,
+    of: str,
+    options: dict[str, Any],
+    device: str | None,
+    tensors: str,
+    as_json: bool,
+    traceback: bool,
+) -> None:
+    """Say what was captured of TARGET's step, what each pass did, and what runs in which precision.
+
+    \b
+    Example: fxpass inspect gpt --max-norm 1.0
+             fxpass inspect train.py:example --dtype bfloat16
+    """
+    run = look_at(target, options, device, tensors, points={CAPTURED, "finish"}, of=of)
+    found = inspection(target, run)
+    if as_json:
+        print_json("inspect", found)
+    else:
+        show(found, console())
+
+
+def show(found: Inspection, out: Console) -> None:
+    """Print ``found`` for a person."""
+    updated = f"{found.parameters:,} parameters updated"
+    out.print(f"{found.target}: captured whole, one graph, {updated}", style="bold", markup=False)
+    kind = "fake tensors, nothing allocated" if found.tensors == "fake" else "real tensors"
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items())
+    out.print(f"{kind}, device {found.device}, {times}")
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print()
+    counts = ("captured", "compiled", "of these inserted")
+    regions = [(r.phase, r.captured, r.compiled, r.inserted) for r in found.regions]
+    out.print(table(("region", *counts), regions, right=counts))
+    out.print()
+    counts = ("inserted", "removed", "s")
+    passes = [
+        (p.name, p.inserted, p.removed, f"{p.seconds:.2f}", "; ".join(p.declined)) for p in found.passes
+    ]
+    out.print(table(("pass", *counts, "declined"), passes, right=counts))
+    out.print()
+    _show_precision(found, out)
+    _show_names(out, "no gradient", found.no_gradient, "every trainable parameter gets a gradient")
+    _show_names(out, "gradient escapes", found.escaping, "no gradient leaves the step")
+    out.print()
+    peak = f"{bytes_text(found.memory.peak)}, {found.memory.bytes_per_parameter:.2f} bytes per parameter"
+    out.print(f"memory {NOTES[found.memory.of]}: peak {peak}", markup=False)
+    show_phases(found.memory, out)
+
+
+def _show_precision(found: Inspection, out: Console) -> None:
+    dtypes = [d for d in FLOATS if any(p.dtype == d for p in found.precision)]
+    numbers = {(p.colour, p.dtype): p.count for p in found.precision}
+    colours = sorted({p.colour for p in found.precision})
+    cells = [(c, *(numbers.get((c, d), 0) for d in dtypes)) for c in colours]
+    out.print(table(("forward and backward", *dtypes), cells, right=dtypes))
+    out.print()
+    kept = [(f.op, f.count, f.reason) for f in found.float32]
+    out.print(table(("in float32", "count", "why"), kept, right=("count",)))
+    out.print()
+
+
+def _show_names(out: Console, title: str, names: dict[str, str], none: str) -> None:
+    if not names:
+        out.print(none)
+        return
+    out.print(table((title, "why"), names.items()))

@@ -1,0 +1,47 @@
+"""From what a command was given to a dry run of its target."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ..dry_run import DryRun, dry_run
+from .output import working
+from .target import load
+
+
+def look_at(
+    target: str,
+    options: dict[str, Any],
+    device: str | None,
+    tensors: str,
+    *,
+    points: Collection[str] | None = None,
+    dynamic: bool | None = None,
+    of: str = "graph",
+) -> DryRun:
+    """Capture ``target`` and run the passes; see :func:`fxpass.dry_run.dry_run`."""
+    found = load(target)
+    if device is not None:
+        _check_device(device)
+    with working(f"capturing {target}"):
+        return dry_run(
+            found.make,
+            options,
+            device=device,
+            tensors=tensors,
+            points=points,
+            dynamic=dynamic,
+            of=of,
+        )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    from .errors import UsageProblem
+
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UsageProblem(f"{device!r} is not a device", "give cpu, cuda or cuda:0") from None

@@ -1,0 +1,3 @@
+"""The HTML report: one file, no network."""
+
+from .build import build as build

@@ -1,0 +1,71 @@
+"""Who made a node, from which nodes, and why it has its dtype: as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+from ..analysis.view import INPUT, GraphView, NodeView
+from ..analysis.why import why_dtype
+from ..dry_run import DryRun
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known of one node."""
+
+    node: str
+    text: str  # name: type = op(arguments)
+    phase: str
+    made_by: str  # a pass, "the user's code", "autograd" or "the caller" (an input)
+    reason: str  # why the pass inserted it
+    sources: tuple[str, ...]  # name: type of each node it reads
+    readers: tuple[str, ...]
+    dtype: str
+    why_dtype: str
+    where: str  # the user's line it comes from
+    module: str
+    removed_by: str  # the pass that removed it again; "" if it is compiled
+
+
+def explanations(run: DryRun, pattern: str) -> list[Explanation]:
+    """Every node that ``pattern`` names, those that a later pass removed last."""
+    final = run.final
+    found = [explain_node(final, n, "") for n in final.nodes if _matches(n, pattern)]
+    seen = {n.name for n in final.nodes}
+    views = list(run.views.values())
+    for graph, following in reversed(list(pairwise(views))):
+        for node in graph.nodes:
+            if node.name not in seen and _matches(node, pattern):
+                seen.add(node.name)
+                found.append(explain_node(graph, node, following.point))
+    return found
+
+
+def _matches(node: NodeView, pattern: str) -> bool:
+    return pattern in (node.name, node.node) or fnmatchcase(node.name, pattern)
+
+
+def explain_node(graph: GraphView, node: NodeView, removed_by: str = "") -> Explanation:
+    """What is known of one node; ``removed_by``: the pass that removed it, if one did."""
+    made_by = node.made_by or (
+        "the caller" if node.op == INPUT else "autograd" if node.phase == "backward" else "the user's code"
+    )
+    sources = tuple(f"{n}: {graph.by_name[n].type}" for n in node.inputs if n in graph.by_name)
+    why = why_dtype(graph, node)
+    text = node.line().partition("  # ")[0]
+    return Explanation(
+        node.name,
+        text,
+        node.phase,
+        made_by,
+        node.reason,
+        sources,
+        tuple(graph.readers.get(node.name, ())),
+        node.dtype,
+        why,
+        node.where,
+        node.module,
+        removed_by,
+    )

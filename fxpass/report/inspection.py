@@ -1,0 +1,124 @@
+"""What was captured of a step, what each pass did, and what runs in which precision: as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..analysis.policy import VIEWS
+from ..analysis.view import INPUT, OUTPUT, GraphView, NodeView
+from ..analysis.why import why_float32
+from ..dry_run import CAPTURED, DryRun
+from .memory import MemorySummary, summary
+
+PHASES = ("input", "forward", "backward", "gradient", "check", "update", "scale", "output")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes of one phase: as captured, after the passes, and how many of these a pass inserted."""
+
+    phase: str
+    captured: int
+    compiled: int
+    inserted: int
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What one pass did."""
+
+    name: str
+    inserted: int
+    removed: int
+    seconds: float
+    declined: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Operations of forward and backward with one rule and one dtype of result."""
+
+    colour: str  # of the op policy: low, high, norm, follow, backward_follow, widest; none
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Float32:
+    """Operations of forward and backward that compute in float32, and why."""
+
+    op: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of ``fxpass inspect``."""
+
+    target: str
+    tensors: str  # fake: shapes without memory; real
+    device: str
+    notes: tuple[str, ...]
+    parameters: int  # elements of the parameters that are updated
+    seconds: dict[str, float]  # capture, passes
+    regions: tuple[Region, ...]
+    passes: tuple[PassRow, ...]
+    precision: tuple[Precision, ...]
+    float32: tuple[Float32, ...]
+    no_gradient: dict[str, str]  # parameter -> why it gets none
+    escaping: dict[str, str]  # parameter -> why its gradient outlives the step
+    memory: MemorySummary
+
+
+def inspection(target: str, run: DryRun) -> Inspection:
+    """What ``run`` says, as data."""
+    before, after = run.views[CAPTURED], run.final
+    record = run.record
+    return Inspection(
+        target,
+        run.tensors,
+        run.device,
+        run.notes,
+        run.parameters,
+        {name: round(value, 3) for name, value in record.seconds.items()},
+        _regions(before, after),
+        tuple(PassRow(p.name, p.inserted, p.removed, round(p.seconds, 3), p.declined) for p in record.passes),
+        _precision(after),
+        _float32(after),
+        record.unreached,
+        record.escaping,
+        summary(run.memory, run.memory_of),
+    )
+
+
+def _regions(before: GraphView, after: GraphView) -> tuple[Region, ...]:
+    counts = [Counter(n.phase for n in graph.nodes) for graph in (before, after)]
+    made = Counter(n.phase for n in after.nodes if n.made_by)
+    return tuple(
+        Region(p, counts[0][p], counts[1][p], made[p]) for p in PHASES if counts[0][p] or counts[1][p]
+    )
+
+
+def _computing(graph: GraphView) -> list[NodeView]:
+    """The operations of forward and backward that no pass inserted, without views."""
+    return [
+        n
+        for n in graph.nodes
+        if n.phase in ("forward", "backward") and not n.made_by and n.short not in (INPUT, OUTPUT, *VIEWS)
+    ]
+
+
+def _precision(graph: GraphView) -> tuple[Precision, ...]:
+    found = Counter((n.colour or "none", n.dtype) for n in _computing(graph) if n.dtype in FLOATS)
+    return tuple(Precision(colour, dtype, count) for (colour, dtype), count in sorted(found.items()))
+
+
+def _float32(graph: GraphView) -> tuple[Float32, ...]:
+    found = Counter(
+        (n.op.removesuffix(".default"), why_float32(n)) for n in _computing(graph) if n.dtype == "float32"
+    )
+    order = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(Float32(op, count, reason) for (op, reason), count in order)
