@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from . import _torch
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
-from .ir.graph import StepGraph, tensor
+from .ir.graph import StepGraph
 from .ir.text import to_text
 from .lower.compile import lower
 from .options import Options
@@ -163,7 +163,7 @@ class _Compilation:
             leaf = self.record.leaf_grads[int(str(mark.args[2]))].leaf
             weight = self.record.real.get(leaf)
             watch.names.append(names.get(leaf, leaf))
-            watch.sizes.append(int(tensor(mark).numel()) if mark in step.tiny else 0)
+            watch.sizes.append(step.tiny[mark][2] if mark in step.tiny else 0)
             watch.weights.append(weakref.ref(weight) if isinstance(weight, Tensor) else lambda: None)
         self.state.watches.append(watch)
 

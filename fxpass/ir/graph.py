@@ -81,9 +81,9 @@ class StepGraph:
     square_sums: dict[Node, Node] = field(default_factory=dict)
     # set by check_finite, by GRAD mark: the 0-d largest magnitude of the stored gradient
     largest: dict[Node, Node] = field(default_factory=dict)
-    # set by check_finite, by GRAD mark in float16: how many elements are below float16's normal
-    # numbers, and how many of those are zero; 0-d float32
-    tiny: dict[Node, tuple[Node, Node]] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark in float16, of a sample of its elements: how many are below
+    # float16's normal numbers, how many of those are zero (both 0-d float32), and the sample's size
+    tiny: dict[Node, tuple[Node, Node, int]] = field(default_factory=dict)
     # set by grad_norm: the 0-d global norm before clipping, float32 (float64 with float64 gradients)
     grad_norm: Node | None = None
     checked: list[tuple[Node, Node]] = field(

@@ -40,6 +40,7 @@ class Writer:
 
     def __init__(self, step: StepGraph, edit: Editor, when: Phase, reason: str) -> None:
         self.step, self.edit, self.when, self.reason = step, edit, when, reason
+        self.pending: dict[str, Node] = {}
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.edit.call(target, *args, when=self.when, reason=self.reason, **kwargs)
@@ -55,6 +56,12 @@ class Writer:
         return self.op(target, condition, yes, no)
 
     def write(self, field: str, value: Node) -> None:
-        """Make ``value`` the scaler's ``field`` after the step."""
-        self.op(aten.copy_.default, self.step.scaler[field], value)
+        """Make ``value`` the scaler's ``field`` after the step, once ``flush`` is called."""
         self.step.written[field] = value
+        self.pending[field] = value
+
+    def flush(self) -> None:
+        """Copy what was written into the scaler's inputs: to be called when nothing reads them any more."""
+        for field, value in self.pending.items():
+            self.op(aten.copy_.default, self.step.scaler[field], value)
+        self.pending.clear()

@@ -16,6 +16,8 @@ from .base import GraphPass
 
 aten = torch.ops.aten
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
+SAMPLED = 2**16  # from this many elements on, underflow is counted in one row of
+SAMPLE_STRIDE = 17  # this many: no power of two, as the sizes of heads are
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class CheckFinite(GraphPass):
 
     Its largest magnitude is inf or nan exactly when an element is: the verdict.
     Its sum of squares makes the global norm: in float32 for a float16 gradient
-    (65504**2 times 1e28 elements still fits), in float64 for the others. Of a
-    float16 gradient, elements below the normal numbers (underflow) are counted.
-    All read the gradient at the same place, so that they are one loop over it.
+    (65504**2 times 1e28 elements still fits), in float64 for the others. Both
+    are one loop over the gradient. Of a float16 gradient, elements below the
+    normal numbers (underflow) are counted, in a sample of its rows if it is large.
 
     The verdict of an optimizer is over the gradients of all optimizers that
     stepped up to the same backward.
@@ -68,37 +70,41 @@ class CheckFinite(GraphPass):
         def call(target: Any, *args: Any) -> Node:
             return edit.call(target, *args, when=Phase.CHECK, reason="finite check, norm, underflow")
 
-        half = tensor(mark).dtype is torch.float16
+        dtype = tensor(mark).dtype
+        # squares of float16 fit into float32, and add up there; those of the others need float64
+        narrow, wide = (torch.promote_types(dtype, torch.float32), torch.float64)
+        if dtype is torch.float16:
+            wide = torch.float32
         with edit.after(mark):
-            value = (
-                edit.cast(mark, torch.float32, when=Phase.CHECK, reason="reduce in float32")
-                if tensor(mark).itemsize < 4
-                else mark
-            )
-            magnitude = call(aten.abs.default, value)
-            largest = step.largest[mark] = call(aten.amax.default, magnitude, [])
-            wide = (
-                value
-                if half
-                else edit.cast(
-                    value, torch.float64, when=Phase.CHECK, reason="squares of float32 may not fit"
-                )
-            )
-            total = call(aten.sum.default, call(aten.mul.Tensor, wide, wide))
-            step.square_sums[mark] = edit.cast(
-                total, torch.float64, when=Phase.CHECK, reason="sums of squares add up in float64"
-            )
-            if half:
-                below = call(aten.lt.Scalar, magnitude, SMALLEST_NORMAL)
-                zero = call(aten.eq.Scalar, magnitude, 0.0)
-                step.tiny[mark] = (self._count(edit, below), self._count(edit, zero))
-        return largest
+            value = edit.cast(mark, narrow, when=Phase.CHECK, reason="reduce in float32")
+            step.largest[mark] = call(aten.amax.default, call(aten.abs.default, value), [])
+            value = edit.cast(value, wide, when=Phase.CHECK, reason="squares may not fit into float32")
+            total = call(aten.sum.default, call(aten.mul.Tensor, value, value))
+            total = edit.cast(total, torch.float64, when=Phase.CHECK, reason="sums add up in float64")
+            step.square_sums[mark] = total
+            if dtype is torch.float16:
+                step.tiny[mark] = _count_tiny(edit, mark)
+        return step.largest[mark]
 
-    def _count(self, edit: Editor, condition: Node) -> Node:
-        """How many are true, in float32: exact while the gradient has at most 2**24 elements."""
-        reason = "elements lost to underflow"
-        number = edit.cast(condition, torch.float32, when=Phase.CHECK, reason=reason)
-        return edit.call(aten.sum.default, number, when=Phase.CHECK, reason=reason)
+
+def _count_tiny(edit: Editor, mark: Node) -> tuple[Node, Node, int]:
+    """Of a sample of the gradient: elements below the normal numbers, elements that are zero, elements."""
+
+    def call(target: Any, *args: Any) -> Node:
+        return edit.call(target, *args, when=Phase.CHECK, reason="elements lost to underflow")
+
+    def count(condition: Node) -> Node:
+        number = edit.cast(condition, torch.float32, when=Phase.CHECK, reason="elements lost to underflow")
+        return call(aten.sum.default, number)
+
+    sample, shape = mark, tensor(mark).shape
+    rows = next((dim for dim, size in enumerate(shape) if size >= 2 * SAMPLE_STRIDE), None)
+    if tensor(mark).numel() >= SAMPLED and rows is not None:
+        sample = call(aten.slice.Tensor, mark, rows, 0, shape[rows], SAMPLE_STRIDE)
+    value = edit.cast(sample, torch.float32, when=Phase.CHECK, reason="count in float32")
+    magnitude = call(aten.abs.default, value)
+    tiny = count(call(aten.lt.Scalar, magnitude, SMALLEST_NORMAL))
+    return tiny, count(call(aten.eq.Scalar, magnitude, 0.0)), int(tensor(sample).numel())
 
 
 def _gradients_behind(read: Node) -> set[Node]:

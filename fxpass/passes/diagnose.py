@@ -30,13 +30,15 @@ class Diagnose(GraphPass):
         if not step.found_inf or WATCH not in step.scaler:
             edit.decline("no finite check to act on")
             return
-        output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
-        with edit.before(output):
+        scaler = set(step.scaler.values())
+        writes = (n for n in step.graph.nodes if n.target is aten.copy_.default and n.args[0] in scaler)
+        with edit.before(next(writes)):  # the old scale is still there
             out = Writer(step, edit, Phase.SCALE, "diagnosis")
             now = self._magnitudes(out)
             bad = out.op(aten.logical_not.default, out.op(aten.isfinite.default, now))
             self._write_table(out, now, bad)
             self._write_report(out, now, bad)
+            out.flush()
 
     def _magnitudes(self, out: Writer) -> Node:
         """The largest magnitude of each checked gradient, unscaled: [gradients] float64."""

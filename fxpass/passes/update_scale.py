@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.graph import Phase, StepGraph
 from ..runtime.scale import DynamicLossScale, HeadroomLossScale, LossScale
 from .base import GraphPass, Writer
 
@@ -33,6 +33,7 @@ class UpdateScale(GraphPass):
 
     name: ClassVar[str] = "update_scale"
     loss_scale: LossScale | None = None
+    dtype: torch.dtype = torch.float16
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         if not step.found_inf:
@@ -46,7 +47,8 @@ class UpdateScale(GraphPass):
             if isinstance(self.loss_scale, DynamicLossScale):
                 _move_dynamic(out, found, self.loss_scale)
             elif isinstance(self.loss_scale, HeadroomLossScale):
-                _move_headroom(out, found, self.loss_scale)
+                _move_headroom(out, found, self.loss_scale, torch.finfo(self.dtype).max)
+            out.flush()
 
 
 def _count(out: Writer, found: Node) -> None:
@@ -102,11 +104,11 @@ def _count_stuck(out: Writer, found: Node, minimum: float) -> None:
     out.write("stuck", out.select(stuck, count, _zero(out, "stuck")))
 
 
-def _move_headroom(out: Writer, found: Node, settings: HeadroomLossScale) -> None:
-    """``2**floor(-(mean + z * deviation + margin))``, of ``log2(largest / scale / largest of the dtype)``."""
+def _move_headroom(out: Writer, found: Node, settings: HeadroomLossScale, limit: float) -> None:
+    """``2**floor(-(mean + z * deviation + margin))``, of ``log2(largest / scale / limit)``."""
     read = out.step.scaler
     log_scale = out.op(aten.log2.default, read["scale"])
-    share = _share_of_range(out)
+    share = _share_of_range(out, limit)
     seen = out.op(
         aten.logical_and.default, out.op(aten.gt.Scalar, share, 0.0), out.op(aten.logical_not.default, found)
     )
@@ -139,16 +141,20 @@ def _running_statistics(
     mean = out.select(out.op(aten.eq.Scalar, read["headroom_count"], 0), value, read["headroom_mean"])
     away = out.op(aten.sub.Tensor, value, mean)
     moved = out.op(aten.add.Tensor, mean, out.op(aten.mul.Tensor, _gain(out, number, settings), away))
-    # the variance starts as 1, an observation one doubling away: after a first step nobody knows it is 0
+    # Half the squared difference of neighbours: a drift of the mean, as in training, adds next to nothing.
+    # It starts as 1, as if one had been seen: after a first step nobody knows that it is 0.
+    first = out.op(aten.eq.Scalar, read["headroom_count"], 0)
+    change = out.op(aten.sub.Tensor, value, out.select(first, value, read["headroom_last"]))
+    half = out.op(aten.mul.Tensor, out.op(aten.mul.Tensor, change, change), 0.5)
+    excess = out.op(aten.sub.Tensor, half, read["headroom_variance"])
     gain = _gain(out, out.op(aten.add.Tensor, number, 1.0), settings)
-    square = out.op(aten.mul.Tensor, gain, out.op(aten.mul.Tensor, away, away))
-    total = out.op(aten.add.Tensor, read["headroom_variance"], square)
-    shrunk = out.op(aten.mul.Tensor, total, out.op(aten.rsub.Scalar, gain, 1.0))
+    adapted = out.op(aten.add.Tensor, read["headroom_variance"], out.op(aten.mul.Tensor, gain, excess))
     new_mean = out.select(seen, moved, read["headroom_mean"])
-    new_variance = out.select(seen, shrunk, read["headroom_variance"])
+    new_variance = out.select(seen, adapted, read["headroom_variance"])
     out.write("headroom_count", count)
     out.write("headroom_mean", new_mean)
     out.write("headroom_variance", new_variance)
+    out.write("headroom_last", out.select(seen, value, read["headroom_last"]))
     return new_mean, new_variance
 
 
@@ -168,18 +174,14 @@ def _gain(out: Writer, number: Node, settings: HeadroomLossScale) -> Node:
     return out.op(aten.clamp_min.default, out.op(aten.reciprocal.default, number), 1.0 / settings.window)
 
 
-def _share_of_range(out: Writer) -> Node:
-    """The largest gradient magnitude as stored, divided by the largest number its dtype holds."""
-    by_dtype: dict[torch.dtype, list[Node]] = {}
-    for mark, _ in out.step.checked:
-        by_dtype.setdefault(tensor(mark).dtype, []).append(out.step.largest[mark])
-    shares = []
-    for dtype, values in by_dtype.items():
-        top = out.op(aten.amax.default, out.op(aten.stack.default, values), [])
-        shares.append(out.op(aten.mul.Tensor, out.cast(top, torch.float32), 1.0 / torch.finfo(dtype).max))
-    if len(shares) == 1:
-        return shares[0]
-    return out.op(aten.amax.default, out.op(aten.stack.default, shares), [])
+def _share_of_range(out: Writer, limit: float) -> Node:
+    """The largest gradient magnitude as stored, divided by the largest number of the compute dtype.
+
+    That is also the limit of gradients stored in float32: backward came to them through the compute dtype.
+    """
+    values = [out.cast(out.step.largest[mark], torch.float32) for mark, _ in out.step.checked]
+    largest = out.op(aten.amax.default, out.op(aten.stack.default, values), [])
+    return out.op(aten.mul.Tensor, largest, 1.0 / limit)
 
 
 def _power_of_two(out: Writer, exponent: Node) -> Node:

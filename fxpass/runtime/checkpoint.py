@@ -11,7 +11,7 @@ from ..errors import OptionError
 
 GRAD_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 COUNTS = ("steps", "skipped", "consecutive_skipped", "clipped", "overflows", "stuck", "headroom_count")
-NUMBERS = ("grad_norm", "headroom_mean", "headroom_variance", "headroom_margin")
+NUMBERS = ("grad_norm", "headroom_mean", "headroom_variance", "headroom_last", "headroom_margin")
 HINT = (
     "pass what MixedPrecision.state_dict() returned, or the state of torch.amp.GradScaler, Apex amp "
     "or a DeepSpeed optimizer"

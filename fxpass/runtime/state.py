@@ -14,7 +14,7 @@ from .watch import Watch, summary
 
 COUNTERS = ("steps", "skipped", "consecutive_skipped", "clipped")
 DYNAMIC = ("scale", "growth_tracker", "overflows", "stuck")
-HEADROOM = ("headroom_mean", "headroom_variance", "headroom_margin")
+HEADROOM = ("headroom_mean", "headroom_variance", "headroom_last", "headroom_margin")
 
 
 class _Fields(NamedTuple):

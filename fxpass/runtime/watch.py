@@ -25,8 +25,8 @@ class Row(IntEnum):
     LAST_STEP = 4
     LAST_VALUE = 5
     TIMES = 6  # steps with inf or nan
-    TINY = 7  # elements below float16's normal numbers in the last step, zeros included
-    ZERO = 8  # elements equal to zero in the last step
+    TINY = 7  # sampled elements below float16's normal numbers in the last step, zeros included
+    ZERO = 8  # sampled elements equal to zero in the last step
 
 
 class Report(NamedTuple):
@@ -63,7 +63,7 @@ class Watch:
     table: Tensor
     report: Tensor
     names: list[str] = field(default_factory=list)  # of the columns in use
-    sizes: list[int] = field(default_factory=list)  # elements; 0 where underflow is not counted
+    sizes: list[int] = field(default_factory=list)  # sampled elements; 0 where underflow is not counted
     weights: list[Callable[[], Tensor | None]] = field(default_factory=list)  # weak references
 
     @classmethod
