@@ -6,6 +6,7 @@ One command a file. It stands on top of everything else and nothing imports it.
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -16,6 +17,9 @@ def main() -> None:
     except ImportError as error:
         print(f"fxpass: the command line needs {error.name}: pip install 'fxpass[cli]'", file=sys.stderr)
         sys.exit(2)
+
+    # torch's own notices; what the user's code warns of stays
+    warnings.filterwarnings("ignore", module=r"torch\.")
 
     from .app import run
 

@@ -87,7 +87,8 @@ def backend_options(command: Command) -> Command:
 
     def with_options(**kwargs: Any) -> Any:
         given = {n: kwargs.pop(f"option_{n}") for n in names}
-        texts = {n: ",".join(v) if isinstance(v, tuple) else v for n, v in given.items() if v}
+        given = {n: v for n, v in given.items() if v not in (None, ())}
+        texts = {n: ",".join(v) if isinstance(v, tuple) else str(v) for n, v in given.items()}
         return command(options=parse_all(texts), **kwargs)
 
     fields = [f for f in dataclasses.fields(Options) if not isinstance(_default(f), dict)]
@@ -100,11 +101,13 @@ def backend_options(command: Command) -> Command:
         shown = str(default).removeprefix("torch.") if default != () else ""
         allowed = _RULES[field.name][1] if field.name in _RULES else ""
         text = f"{allowed}{f'  [default: {shown}]' if shown else ''}"
-        repeat = isinstance(default, tuple)
         flag = f"--{field.name.replace('_', '-')}"
-        wrapped = click.option(flag, f"option_{field.name}", metavar="VALUE", multiple=repeat, help=text)(
-            wrapped
-        )
+        kind: dict[str, Any] = {"metavar": "VALUE"}
+        if isinstance(default, bool):
+            flag, kind = f"{flag}/--no-{flag[2:]}", {"is_flag": True, "default": None}
+        elif isinstance(default, tuple):
+            kind |= {"multiple": True}
+        wrapped = click.option(flag, f"option_{field.name}", help=text, **kind)(wrapped)
     return wrapped
 
 

@@ -122,8 +122,8 @@ def test_it_is_ready_without_an_error(browser: Page) -> None:
 
 def test_search_filters_the_graph(browser: Page, run: DryRun) -> None:
     assert len(browser.lines()) == len(run.final.nodes)
-    browser.write("#search", "softmax")
-    expected = [n.line() for n in run.final.nodes if "softmax" in n.line()]
+    browser.write("#search", "addmm")
+    expected = [n.line() for n in run.final.nodes if "addmm" in n.line()]
     assert browser.lines() == expected
     assert browser.one("#count").text == f"{len(expected)} of {len(run.final.nodes)}"
     browser.write("#search", "(")
@@ -146,13 +146,13 @@ def test_filters_by_pass_phase_and_dtype(browser: Page, run: DryRun) -> None:
 
 
 def test_a_click_on_a_line_explains_the_node(browser: Page, run: DryRun) -> None:
-    browser.write("#search", "^_softmax:")
+    browser.write("#search", "^addmm:")
     browser.click(browser.one("#lines div:not([hidden])"))
     detail = browser.one("#detail").text
-    softmax = run.final.by_name["_softmax"]
-    assert softmax.where in detail
-    assert "only products read it" in detail
-    reader = run.final.readers["_softmax"][0]
+    addmm = run.final.by_name["addmm"]
+    assert addmm.where in detail
+    assert "policy low: float16 operands" in detail
+    reader = run.final.readers["addmm"][0]
     browser.click(next(a for a in browser.all("#detail a") if a.text == reader))
     assert f"{reader}: " in browser.one("#detail code").text
     assert len(browser.lines()) == len(run.final.nodes)  # the search was cleared to show it
