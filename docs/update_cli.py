@@ -25,6 +25,7 @@ SCHEMA = re.compile(r"(<!-- schema -->\n).*?(<!-- end of schema -->)", re.DOTALL
 def output(args: str, lines: int | None = None) -> str:
     """What ``fxpass ARGS`` prints, or its first ``lines`` lines."""
     import shlex
+    import warnings
 
     import torch
 
@@ -32,8 +33,10 @@ def output(args: str, lines: int | None = None) -> str:
 
     torch.compiler.reset()
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        run(shlex.split(args))
+    # what torch warns of names a path of this machine
+    with warnings.catch_warnings(action="ignore"):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            run(shlex.split(args))
     text = printed.getvalue().rstrip("\n")
     kept = text.splitlines()[:lines]
     return "\n".join([*kept, "..."] if len(kept) < len(text.splitlines()) else kept) + "\n"
