@@ -34,7 +34,8 @@ def output(args: str, lines: int | None = None) -> str:
     torch.compiler.reset()
     printed = io.StringIO()
     # what torch warns of names a path of this machine
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             run(shlex.split(args))
     text = printed.getvalue().rstrip("\n")
