@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PAGE = Path(__file__).parent / "cli.md"
 BLOCK = re.compile(r"(?m)^```console\n(.*?)^```$", re.DOTALL)
@@ -34,7 +36,8 @@ def output(args: str, lines: int | None = None) -> str:
     torch.compiler.reset()
     printed = io.StringIO()
     # what torch warns of names a path of this machine
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.dict(os.environ):
+        os.environ.pop("COLUMNS", None)
         warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             run(shlex.split(args))

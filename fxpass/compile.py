@@ -69,7 +69,7 @@ def profiling() -> Iterator[list[MemoryProfile]]:
         found.append(profile_only(*graph_inputs_options_mode))
         return found[-1]
 
-    with looking(Look(lambda point, step: None, profile)):
+    with looking(Look(lambda point, step: None, profile, keep=False)):
         yield found
 
 
@@ -162,7 +162,7 @@ class _Compilation:
             step, passes_for(self.options), check=self.options.verify, after_each=after_each
         )
         self._lap("passes")
-        if self.watch is not None:
+        if self.watch is not None and look is None:
             self._describe(self.watch, step, by_node)
         unreached = checks.unreached(self.record, by_node)
         escaping = checks.escaping(self.record, by_node, self.options.grads == "keep")
@@ -170,7 +170,8 @@ class _Compilation:
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
             record = GraphRecord(before, after, passes, unreached, self.seconds, memory, escaping)
-            self.state.graphs.append(record)
+            if look.keep:
+                self.state.graphs.append(record)
             raise DryRunEnd
         lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")

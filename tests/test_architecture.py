@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "dry_run": {
         *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
     },
-    "report": {"__init__", "analysis", "dry_run", "passes"},
+    "report": {"__init__", "analysis", "dry_run", "ir", "passes"},
     "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
     "__init__": {"backend", "errors", "record", "runtime"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from ..analysis.memory import MemoryProfile
@@ -39,10 +40,10 @@ def timeline(profile: MemoryProfile, out: Console) -> None:
             )
         out.print(line, soft_wrap=True)
     out.print(_phases(profile, stretches), soft_wrap=True)
-    legend = Text(" " * MARGIN)
+    legend = Text()
     for i, role in enumerate(roles):
         legend.append(LETTERS[i % len(LETTERS)], style=colour_of_role(role)).append(f" {role}   ")
-    out.print(legend)
+    out.print(Padding(legend, (0, 0, 0, MARGIN)))
 
 
 def _stack(column: dict[str, int], roles: list[str], top: int) -> list[int]:

@@ -9,9 +9,8 @@ from ..analysis.policy import VIEWS
 from ..analysis.view import INPUT, OUTPUT, GraphView, NodeView
 from ..analysis.why import why_float32
 from ..dry_run import CAPTURED, DryRun
-from .memory import MemorySummary, summary
+from .memory import PHASES, MemorySummary, summary
 
-PHASES = ("input", "forward", "backward", "gradient", "check", "update", "scale", "output")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -10,7 +10,9 @@ import sympy
 
 from ..analysis.memory import LiveTensor, MemoryProfile
 from ..analysis.plot import colour_of_role, roles_of
+from ..ir.graph import Phase
 
+PHASES = [phase.value for phase in Phase]
 PROGRAM, GRAPH, AUTO = "program", "graph", "auto"
 NOTES = {
     PROGRAM: "of the program Inductor schedules: what a training step takes",
@@ -61,7 +63,7 @@ def summary(profile: MemoryProfile, of: str, *, top: int = 10) -> MemorySummary:
     """The ``top`` largest tensors at the peak, and the peak of each phase."""
     phases = []
     timeline = profile.timeline()
-    for phase in dict.fromkeys(m.phase for m in profile.moments):
+    for phase in PHASES:
         peak = profile.peak_of(phase)
         if peak is not None:
             phases.append(PhaseMemory(phase, peak.bytes, peak.moment.name, dict(timeline[peak.moment.index])))
