@@ -231,6 +231,8 @@ def main() -> None:
     record = json.loads((folder / "stability.json").read_text())
     plot(record, folder / "stability.png")
     study.show(tables(record))
+    if folder == RESULTS:
+        study.fill(RESULTS.parent / "loss-scaling.md", tables(record))
 
 
 if __name__ == "__main__":
