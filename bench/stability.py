@@ -191,7 +191,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     ):
         axes[row][0].set_ylabel(label)
     axes[0][0].legend(fontsize=8)
-    axes[2][-1].legend(fontsize=7)
+    axes[2][0].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

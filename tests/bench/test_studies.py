@@ -15,7 +15,7 @@ from bench.tasks import TASKS
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
-@pytest.mark.parametrize(("module", "page"), [(clipping, "clipping")])
+@pytest.mark.parametrize(("module", "page"), [(stability, "loss-scaling"), (clipping, "clipping")])
 def test_tables_in_docs_are_the_committed_results(module: ModuleType, page: str) -> None:
     name = module.__name__.rpartition(".")[2]
     record = json.loads((study.RESULTS / f"{name}.json").read_text())
