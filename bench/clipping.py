@@ -28,6 +28,7 @@ GLOBAL = (0.01, 0.03, 0.1, 0.3, 1.0)
 PARAMETER = (0.01, 0.1, 1.0)
 ADAPTIVE = (0.003, 0.01, 0.1)
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+DIVERGED = 6.0  # worse than a guess in every task: the end of the plot's axis
 TAIL = 20  # the final training loss is the mean of so many steps
 
 
@@ -129,7 +130,7 @@ def mean(values: Sequence[float | None], digits: str = ".3f") -> str:
 
 
 def loss_rows(results: Sequence[dict[str, Any]], task: str) -> study.Rows:
-    """One row per way to clip: by recipe, the mean held-out loss and the share of clipped steps."""
+    """A row per way to clip: by recipe, the mean held-out loss and the share of clipped steps."""
     columns, recipes = ["clip"], [recipe for group in RECIPES.values() for recipe in group]
     for recipe in recipes:
         columns += [recipe, "clipped"]
@@ -181,7 +182,17 @@ def tables(record: dict[str, Any]) -> dict[str, study.Rows]:
     results = record["results"]
     found = {f"loss: {task}": loss_rows(results, task) for task in NAMES}
     found["norm before clipping"] = norm_rows(results)
-    return found | {f"rows: {recipe}": table_rows(results, recipe) for recipe in ("adamw", "sgd")}
+    return found | {f"rows: {recipe}": table_rows(results, recipe) for recipe in ("adamw", "sgd", "hot sgd")}
+
+
+def _points(runs: Sequence[dict[str, Any]], kind: str) -> list[tuple[float, float]]:
+    """(threshold, mean loss over seeds) of one kind of clip, without what diverged."""
+    found = []
+    for name in dict.fromkeys(r["name"] for r in runs if r["name"].startswith(kind)):
+        losses = [r["held_out"]["loss"] for r in runs if r["name"] == name]
+        if None not in losses:
+            found.append((float(name.split()[1]), statistics.fmean(losses)))
+    return found
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -197,11 +208,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         upper, lower = axes[0][column], axes[1][column]
         for color, recipe in enumerate(("adamw", "sgd", "hot sgd")):
             for kind, style in (("global", "o-"), ("parameter", "s--"), ("adaptive", "^:")):
-                points = [
-                    (float(r["name"].split()[1]), r["held_out"]["loss"])
-                    for r in select(results, task=task, recipe=recipe, seed=0)  # pyright: ignore[reportArgumentType]
-                    if r["name"].startswith(kind) and r["held_out"]["loss"] is not None
-                ]
+                points = _points(select(results, task=task, recipe=recipe), kind)
                 label = f"{recipe}, {kind}"
                 upper.plot(*zip(*points, strict=True), style, color=f"C{color}", ms=4, lw=1, label=label)
             none = [r["held_out"]["loss"] for r in select(results, task=task, recipe=recipe, name="none")]
@@ -211,6 +218,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 if r["trace"]:
                     lower.plot(r["trace"], color=f"C{color}", lw=0.8, label=recipe)
         upper.set_xscale("log")
+        upper.set_yscale("log")
+        upper.set_ylim(top=min(upper.get_ylim()[1], DIVERGED))
         upper.set_title(study.task_named(task).about, fontsize=7)
         upper.set_xlabel("threshold")
         lower.set_yscale("log")
@@ -240,6 +249,8 @@ def main() -> None:
     record = json.loads((folder / "clipping.json").read_text())
     plot(record, folder / "clipping.png")
     study.show(tables(record))
+    if folder == RESULTS:
+        study.fill(RESULTS.parent / "clipping.md", tables(record))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from bench.study import RESULTS, Run, Trainer
 from fxpass import DynamicLossScale
 
 NAMES = ("gpt", "conv", "lstm")
-EXPONENTS = (0, 4, 8, 12, 16, 18, 20, 22, 24)
+EXPONENTS = (0, 4, 8, 12, 16, 18, 20, 24)
 TAIL = 20  # the final loss is the mean of so many steps, and the held-out loss after the last
 BIN = 10  # losses are stored as means of so many steps
 
@@ -191,7 +191,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     ):
         axes[row][0].set_ylabel(label)
     axes[0][0].legend(fontsize=8)
-    axes[2][-1].legend(fontsize=7)
+    axes[2][0].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -203,7 +203,7 @@ def _by_scale(axis: Any, static: list[dict[str, Any]], value: Callable[[dict[str
 
 def _others(path: Path, name: str) -> list[dict[str, Any]]:
     results = json.loads(path.read_text())["results"]
-    return [r for r in results if not r["name"].startswith(name)]
+    return [r for r in results if r["name"] != name and not (name == "static" and "static" in r["name"])]
 
 
 def _place(result: dict[str, Any]) -> tuple[int, int]:
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for JSON and plot (default docs/results)")
     parser.add_argument("--only", help="run this configuration alone and replace it in the JSON there is")
     given = parser.parse_args()
-    seeds, steps, exponents = (1, 40, (0, 16, 24)) if given.quick else (3, 300, EXPONENTS)
+    seeds, steps, exponents = (1, 40, (0, 16, 24)) if given.quick else (3, 200, EXPONENTS)
     folder = given.out or (Path("out") if given.quick else RESULTS)
     chosen = [j for j in jobs(seeds, steps, exponents) if given.only in (None, j.name)]
     new = study.run_all(chosen, work, given.workers, lambda j: f"{j.task}: {j.name}")
@@ -231,6 +231,8 @@ def main() -> None:
     record = json.loads((folder / "stability.json").read_text())
     plot(record, folder / "stability.png")
     study.show(tables(record))
+    if folder == RESULTS:
+        study.fill(RESULTS.parent / "loss-scaling.md", tables(record))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import multiprocessing
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -210,6 +211,13 @@ def show(tables: dict[str, Rows]) -> None:
         for row in rows:
             shown.add_row(*row)
         console().print(shown)
+
+
+def fill(page: Path, tables: dict[str, Rows]) -> None:
+    """Put each table behind its line ``<!-- table: NAME -->`` in ``page``, in place of the one there."""
+    table = re.compile(r"<!-- table: (.+?) -->\n(?:\|.*\n)*")
+    text = page.read_text()
+    page.write_text(table.sub(lambda m: f"<!-- table: {m[1]} -->\n{markdown(tables[m[1]])}\n", text))
 
 
 def markdown(table: Rows) -> str:

@@ -1,11 +1,27 @@
-"""The studies: runs repeat bit for bit."""
+"""The studies: runs repeat bit for bit, and the tables in docs are those of the committed results."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from bench import clipping, stability, study
 from bench.tasks import TASKS
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+@pytest.mark.parametrize(("module", "page"), [(stability, "loss-scaling"), (clipping, "clipping")])
+def test_tables_in_docs_are_the_committed_results(module: ModuleType, page: str) -> None:
+    name = module.__name__.rpartition(".")[2]
+    record = json.loads((study.RESULTS / f"{name}.json").read_text())
+    text = (DOCS / f"{page}.md").read_text()
+    missing = [title for title, table in module.tables(record).items() if study.markdown(table) not in text]
+    assert not missing, f"docs/{page}.md lacks these tables of docs/results/{name}.json: {missing}"
 
 
 def test_a_run_repeats_whatever_ran_before_it() -> None:

@@ -126,6 +126,15 @@ def test_below_at_and_above_the_threshold(gradients: list[list[float]], max_norm
     assert mp.stats().clipped == (norm.item() > max_norm)
 
 
+def test_a_norm_beyond_float32_makes_zeros_as_in_torch() -> None:
+    gradients = [[3e38, 3e38], [1.0]]
+    ours, mp = update_of(gradients, max_norm=1.0, dtype="float32")
+    theirs, norm = torchs(gradients, 1.0)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, its)
+    assert (mp.stats().grad_norm, norm.item(), mp.stats().skipped) == (INF, INF, 0)
+
+
 @pytest.mark.parametrize("clip_per", ["global", "parameter"])
 def test_two_large_float16_gradients_give_a_small_update(clip_per: str) -> None:
     class Halves(nn.Module):
