@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PAGE = Path(__file__).parent / "cli.md"
 BLOCK = re.compile(r"(?m)^```console\n(.*?)^```$", re.DOTALL)
@@ -25,6 +27,7 @@ SCHEMA = re.compile(r"(<!-- schema -->\n).*?(<!-- end of schema -->)", re.DOTALL
 def output(args: str, lines: int | None = None) -> str:
     """What ``fxpass ARGS`` prints, or its first ``lines`` lines."""
     import shlex
+    import warnings
 
     import torch
 
@@ -32,8 +35,12 @@ def output(args: str, lines: int | None = None) -> str:
 
     torch.compiler.reset()
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        run(shlex.split(args))
+    # what torch warns of names a path of this machine
+    with warnings.catch_warnings(), mock.patch.dict(os.environ):
+        os.environ.pop("COLUMNS", None)
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            run(shlex.split(args))
     text = printed.getvalue().rstrip("\n")
     kept = text.splitlines()[:lines]
     return "\n".join([*kept, "..."] if len(kept) < len(text.splitlines()) else kept) + "\n"

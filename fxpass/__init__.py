@@ -10,8 +10,11 @@ from .errors import OptionError as OptionError
 from .errors import VerifyError as VerifyError
 from .record import GraphRecord as GraphRecord
 from .runtime.scale import DynamicLossScale as DynamicLossScale
+from .runtime.scale import HeadroomLossScale as HeadroomLossScale
 from .runtime.scale import LossScale as LossScale
 from .runtime.scale import StaticLossScale as StaticLossScale
 from .runtime.state import StepStats as StepStats
+from .runtime.watch import Diagnosis as Diagnosis
+from .runtime.watch import ParameterDiagnosis as ParameterDiagnosis
 
 __version__ = "0.1.0"

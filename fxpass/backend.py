@@ -15,6 +15,7 @@ from .errors import FxpassError, OptionError
 from .options import Options, check_names
 from .record import GraphRecord
 from .runtime.state import ScalerState, StepStats
+from .runtime.watch import Diagnosis, diagnose
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +49,29 @@ class MixedPrecision(Options):
 
     def stats(self) -> StepStats:
         """Counters so far, read from the device (the only call that synchronises)."""
-        return self._state.scaler.stats(self._state.nonfinite())
+        return self._state.scaler.stats(self._state.watches)
+
+    def diagnosis(self) -> Diagnosis:
+        """Per parameter: first and last step with inf or nan, magnitudes, underflow; read from the device.
+
+        The parameter whose gradient was first non-finite comes first. ``print``
+        shows a table, ``rich.print`` a coloured one.
+        """
+        return diagnose(self._state.watches)
 
     def state_dict(self) -> dict[str, Any]:
         """Scale, growth tracker and counters as Python numbers; ``GradScaler.load_state_dict`` reads it."""
         return self._state.scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the scale and counters of :meth:`state_dict` or of ``torch.amp.GradScaler.state_dict()``.
+        """Go on from :meth:`state_dict`, or from a state of GradScaler, Apex amp or DeepSpeed.
+
+        Settings given to the constructor win over saved ones; scale and counters are the saved ones.
 
         Raises:
-            OptionError: a key is missing or not a number; nothing is changed then.
+            OptionError: no known layout, or partial, or a value out of range; nothing is changed then.
         """
-        try:
-            self._state.scaler.load_state_dict(dict(state))
-        except (KeyError, TypeError, ValueError) as error:
-            hint = "pass what MixedPrecision.state_dict() or torch.amp.GradScaler.state_dict() returned"
-            raise OptionError(f"not a loss scale state: {error!r}", hint=hint) from None
+        self._state.load(state)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Compile one graph of Dynamo's; called by ``torch.compile``."""

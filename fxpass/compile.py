@@ -7,7 +7,8 @@ stage; it holds no logic of theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
-from .errors import LossScaleError
+from .ir.graph import StepGraph
 from .ir.text import to_text
 from .look import DryRunEnd, Look, current_look, looking
 from .lower.compile import lower, profile_only
@@ -28,9 +29,10 @@ from .options import Options
 from .passes import passes_for
 from .passes.pipeline import run_pipeline
 from .record import GraphRecord
-from .runtime.scale import DynamicLossScale
-from .runtime.state import NONFINITE, ScalerState
+from .runtime.report import Reporter
+from .runtime.state import ScalerState
 from .runtime.step import CompiledStep, OptimizerBinding
+from .runtime.watch import REPORT, WATCH, Watch
 
 
 @dataclass
@@ -39,19 +41,19 @@ class StepState:
 
     scaler: ScalerState
     graphs: list[GraphRecord] = field(default_factory=list)
-    overflows: list[tuple[list[str], Tensor]] = field(
-        default_factory=list
-    )  # per graph: names, sums (and padding)
+    watches: list[Watch] = field(default_factory=list)  # one per graph that trains
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
 
-    def nonfinite(self) -> tuple[str, ...]:
-        """``"parameter: inf"`` or ``"parameter: nan"`` of the last skipped step; reads the device."""
-        found = []
-        for names, sums in self.overflows:
-            for name, value in zip(names, sums.tolist(), strict=False):
-                if value != value or value == float("inf"):
-                    found.append(f"{name}: {'nan' if value != value else 'inf'}")
-        return tuple(dict.fromkeys(found))
+    def __post_init__(self) -> None:
+        self.reporter = Reporter(self.scaler.loss_scale)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; what was seen of the gradients before is forgotten."""
+        self.scaler.load_state_dict(state)
+        for watch in self.watches:
+            watch.clear()
+        t = self.scaler.tensors
+        self.reporter.restart(int(t["skipped"]), float(t["scale"]))
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def profiling() -> Iterator[list[MemoryProfile]]:
         found.append(profile_only(*graph_inputs_options_mode))
         return found[-1]
 
-    with looking(Look(lambda point, step: None, profile)):
+    with looking(Look(lambda point, step: None, profile, keep=False)):
         yield found
 
 
@@ -120,14 +122,14 @@ class _Compilation:
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.record.events
-        fields = [*scaler.fields, NONFINITE] if events else []
+        fields = [*scaler.fields, WATCH, REPORT] if events else []
         self.captured = capture(self.gm, self.record, fields, keep_grads=self.options.grads == "keep")
         self.bindings = [_binding(event) for event in self.captured.events]
         device = checks.device_of([e.live() for e in events], self.inputs)
         scaler.to(device)
-        self.overflow = torch.zeros(max(len(self.record.leaf_grads), 1), device=device) if events else None
+        self.watch = Watch.make(len(self.record.leaf_grads), device) if events else None
         extras = [scaler.tensors[name] for name in scaler.fields] if events else []
-        extras += [self.overflow] if self.overflow is not None else []
+        extras += [self.watch.table, self.watch.report] if self.watch is not None else []
         extras += [t for b in self.bindings for t in b.inputs(device)]
         call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner)
         return CompiledStep(
@@ -139,8 +141,8 @@ class _Compilation:
             self.captured.kept,
             self._cleared(),
             self.options.grads == "drop",
-            self.overflow,
-            _patience(self.options, self.state),
+            self.watch,
+            self.state.reporter,
         )
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -150,6 +152,7 @@ class _Compilation:
         step = to_step(self.captured, gm, by_node)
         events = self.record.events
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
+        step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
         before = to_text(step)
         look = current_look()
@@ -159,17 +162,16 @@ class _Compilation:
             step, passes_for(self.options), check=self.options.verify, after_each=after_each
         )
         self._lap("passes")
-        if self.overflow is not None:
-            leaves = [self.record.leaf_grads[int(str(mark.args[2]))].leaf for mark, _ in step.checked]
-            names = [by_node.get(leaf, leaf) for leaf in leaves]
-            self.state.overflows.append((names, self.overflow))
+        if self.watch is not None and look is None:
+            self._describe(self.watch, step, by_node)
         unreached = checks.unreached(self.record, by_node)
         escaping = checks.escaping(self.record, by_node, self.options.grads == "keep")
         after = to_text(step)
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
             record = GraphRecord(before, after, passes, unreached, self.seconds, memory, escaping)
-            self.state.graphs.append(record)
+            if look.keep:
+                self.state.graphs.append(record)
             raise DryRunEnd
         lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
@@ -178,6 +180,16 @@ class _Compilation:
         logs.log(record)
         self.state.graphs.append(record)
         return lowered.call
+
+    def _describe(self, watch: Watch, step: StepGraph, names: Mapping[str, str]) -> None:
+        """Name the columns of the watch table."""
+        for mark, _ in step.checked:
+            leaf = self.record.leaf_grads[int(str(mark.args[2]))].leaf
+            weight = self.record.real.get(leaf)
+            watch.names.append(names.get(leaf, leaf))
+            watch.sizes.append(step.tiny[mark][2] if mark in step.tiny else 0)
+            watch.weights.append(weakref.ref(weight) if isinstance(weight, Tensor) else lambda: None)
+        self.state.watches.append(watch)
 
     def _cleared(self) -> list[tuple[int, int, int]]:
         return [
@@ -203,23 +215,3 @@ def _binding(event: Event) -> OptimizerBinding:
 
     keys = [(k.group, k.position, k.key) for k in event.state]
     return OptimizerBinding(event.optimizer, keys, fit, holds)
-
-
-def _patience(options: Options, state: StepState) -> Callable[[], None]:
-    """Raises LossScaleError once the scale is stuck at its minimum for ``patience`` overflows."""
-    policy = options.policy
-    if not isinstance(policy, DynamicLossScale):
-        return lambda: None
-
-    def look() -> None:
-        stuck = state.scaler.tensors["stuck"]
-        if stuck.device.type == "cpu" and int(stuck) >= policy.patience:
-            names = state.nonfinite()
-            found = (
-                f"{policy.patience} steps in a row overflowed at the minimum scale {policy.min_scale:g}; "
-                f"first non-finite gradient: {names[0] if names else 'unknown'}"
-            )
-            hint = "look for inf or nan in that parameter's module, or name it in keep_fp32"
-            raise LossScaleError(found, hint=hint)
-
-    return look

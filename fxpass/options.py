@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import OptionError
-from .runtime.scale import DynamicLossScale, LossScale, StaticLossScale
+from .runtime.scale import DynamicLossScale, HeadroomLossScale, LossScale, StaticLossScale, parse_scale
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -34,11 +34,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in DTYPES.values(), "float16, bfloat16 or float32, as a torch dtype or its name"),
     "loss_scale": (
         lambda v: v is None or isinstance(v, LossScale),
-        '"dynamic", a number > 0 (static), None or a LossScale object',
+        '"dynamic", "headroom", a number > 0 (static; also "128.0" or "2**7"), None or a LossScale object',
     ),
     "max_norm": _positive,
     "norm_type": (lambda v: v == math.inf or (_number(v) and v == 2.0), "2.0 or inf"),
+    "clip_per": _choice("global", "optimizer", "group", "parameter"),
     "clip_value": _positive,
+    "adaptive_clip": _positive,
     "grads": _choice("drop", "keep"),
     "skip": _choice("step", "tensor"),
     "release": _choice(False, True),
@@ -72,7 +74,9 @@ class Options:
     loss_scale: LossScale | str | float | None = "auto"
     max_norm: float | None = None
     norm_type: float = 2.0
+    clip_per: str = "global"
     clip_value: float | None = None
+    adaptive_clip: float | None = None
     grads: str = "drop"
     skip: str = "step"
     release: bool = False
@@ -97,16 +101,18 @@ class Options:
             value = getattr(self, name)
             if not ok(value):
                 raise OptionError(f"option {name}={value!r}: allowed is {allowed}")
+        _check_clipping(self)
         self._check_together()
 
     def _check_together(self) -> None:
         """Raise for settings that contradict each other."""
-        if self.skip == "tensor" and self.max_norm is not None:
-            found = (
-                f"option skip='tensor' with max_norm={self.max_norm:g}: the global norm is known only when "
-            )
+        if self.skip == "tensor" and self.max_norm is not None and self.clip_per != "parameter":
+            found = f"option skip='tensor' with max_norm={self.max_norm:g}: a common norm is known only when "
             found += "all gradients are there, and skip='tensor' frees each before the next is computed"
-            hint = "use release=True (exact norm and skip, a second backward), clip_value, or skip='step'"
+            hint = (
+                "use release=True (exact norm and skip, a second backward), skip='step', or a clip that "
+                "looks at one gradient: clip_per='parameter', clip_value or adaptive_clip"
+            )
             raise OptionError(found, hint=hint)
         if self.release and self.skip == "tensor":
             hint = "drop release: skip='tensor' already frees each gradient at once"
@@ -122,11 +128,27 @@ class Options:
         return self.loss_scale
 
 
+def _check_clipping(options: Options) -> None:
+    """Raise for clip options that contradict each other."""
+    if options.max_norm is None and options.clip_per != "global":
+        hint = "give max_norm, or leave clip_per alone"
+        raise OptionError(f"option clip_per={options.clip_per!r} without max_norm clips nothing", hint=hint)
+    others = [name for name in ("max_norm", "clip_value") if getattr(options, name) is not None]
+    if options.adaptive_clip is not None and others:
+        hint = "adaptive_clip takes its thresholds from the parameters; give one of the two"
+        raise OptionError(
+            f"options adaptive_clip and {others[0]} are two thresholds for one gradient", hint=hint
+        )
+
+
 def _loss_scale(value: Any, dtype: Any) -> Any:
     if isinstance(value, str) and value == "auto":
         return DynamicLossScale() if dtype is torch.float16 else None
     if isinstance(value, str) and value == "dynamic":
         return DynamicLossScale()
+    if isinstance(value, str) and value == "headroom":
+        return HeadroomLossScale()
+    value = parse_scale(value)
     if _number(value):
         return StaticLossScale(float(value))
     return value

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import fxpass
-from fxpass import DynamicLossScale, MixedPrecision, OptionError, StaticLossScale
+from fxpass import DynamicLossScale, HeadroomLossScale, MixedPrecision, OptionError, StaticLossScale
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,11 @@ from fxpass import DynamicLossScale, MixedPrecision, OptionError, StaticLossScal
         ({"max_norm": "1.0"}, "max_norm='1.0'"),
         ({"norm_type": 1.0}, "norm_type=1.0.*2.0 or inf"),
         ({"clip_value": float("nan")}, "clip_value=nan"),
+        ({"clip_per": "layer", "max_norm": 1.0}, "clip_per='layer'.*'global' or 'optimizer' or 'group' or"),
+        ({"clip_per": "parameter"}, "clip_per='parameter' without max_norm"),
+        ({"adaptive_clip": 0.0}, "adaptive_clip=0.0"),
+        ({"adaptive_clip": 0.01, "max_norm": 1.0}, "adaptive_clip and max_norm"),
+        ({"adaptive_clip": 0.01, "clip_value": 1.0}, "adaptive_clip and clip_value"),
         ({"grads": "sometimes"}, "grads='sometimes'.*'drop' or 'keep'"),
         ({"keep_fp32": "norm"}, "keep_fp32='norm'.*tuple"),
         ({"verify": 1}, "verify=1"),
@@ -58,7 +63,41 @@ def test_defaults_follow_the_dtype() -> None:
     assert MixedPrecision(dtype="bf16").loss_scale is None
     assert MixedPrecision(dtype="torch.float32").dtype is torch.float32
     assert MixedPrecision(loss_scale=128).loss_scale == StaticLossScale(128.0)
+    assert MixedPrecision(loss_scale="headroom").loss_scale == HeadroomLossScale()
     assert MixedPrecision(keep_fp32=["norm"]).keep_fp32 == ("norm",)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("text", ["128.0", "128", " 1.28e2 ", "2**7", "2 ^ 7"])
+def test_a_static_scale_as_text(text: str) -> None:
+    assert MixedPrecision(loss_scale=text).loss_scale == StaticLossScale(128.0)
+    assert StaticLossScale(text).init == 128.0  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("text", ["0.0", "-2", "nan", "inf", "2**200", "2**-200", "2**99999", "3**2", ""])
+def test_text_that_is_no_scale(text: str) -> None:
+    with pytest.raises(OptionError, match="scale"):
+        MixedPrecision(loss_scale=text)
+
+
+def test_settings_of_other_libraries_by_their_own_names() -> None:
+    policy = DynamicLossScale.like("deepspeed", initial_scale_power=8, loss_scale_window=5, min_loss_scale=2)
+    assert (policy.init_scale, policy.growth_interval, policy.min_scale, policy.hysteresis) == (256, 5, 2, 2)
+    policy = DynamicLossScale.like("apex", scale_window=5, max_loss_scale=2.0**20)
+    assert (policy.growth_interval, policy.max_scale) == (5, 2.0**20)
+
+
+@pytest.mark.parametrize(
+    ("library", "settings", "message"),
+    [
+        ("fairseq", {}, "'fairseq'.*'torch' or 'apex' or 'deepspeed'"),
+        ("torch", {"loss_scale_window": 5}, "no setting 'loss_scale_window'"),
+        ("deepspeed", {"initial_scale_power": 400}, "initial_scale_power=400"),
+        ("apex", {"scale_window": 0}, "growth_interval=0"),
+    ],
+)
+def test_wrong_settings_of_other_libraries(library: str, settings: dict[str, float], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        DynamicLossScale.like(library, **settings)
 
 
 def step_of(**kwargs: object):

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map_only  # public in all but name: torch.export's documents use it
 
-from .graph import Origin, Phase, StepGraph, phase
+from .graph import Origin, Phase, StepGraph, origin, phase
 
 aten = torch.ops.aten
 _PROVENANCE = ("stack_trace", "nn_module_stack")  # what ties a node to the user's code
@@ -137,6 +137,11 @@ class Editor:
         wanted = set(nodes)
         return next((n for n in self.step.graph.nodes if n in wanted), None)
 
+    def last(self, nodes: Iterable[Node]) -> Node:
+        """Whichever of ``nodes`` comes last in the graph."""
+        wanted = set(nodes)
+        return next(n for n in reversed(self.step.graph.nodes) if n in wanted)
+
     def hoist(self, node: Node, before: Node) -> bool:
         """Move ``node`` and what it needs before ``before``; False if it needs a new value of an update."""
         order = {n: i for i, n in enumerate(self.step.graph.nodes)}
@@ -148,7 +153,8 @@ class Editor:
                     late.add(source)
                     stack.append(source)
         late = {n for n in late if order[n] > order[before]}
-        if before in late or any(phase(n) is Phase.UPDATE for n in late):
+        # what a pass put into the update (a clip of the gradient) is no value of the optimizer's
+        if before in late or any(phase(n) is Phase.UPDATE and origin(n) is None for n in late):
             return False
         for moved in sorted(late, key=order.__getitem__):
             before.prepend(moved)

@@ -71,6 +71,7 @@ class StepGraph:
     scaler: dict[str, Node] = field(default_factory=dict)  # scaler input by field name
     updates: list[Update] = field(default_factory=list)
     read_events: list[int] = field(default_factory=list)  # the optimizer event of READ mark i
+    read_groups: list[int] = field(default_factory=list)  # the parameter group of READ mark i
     read_names: list[str] = field(default_factory=list)  # parameter name of READ mark i
     backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
@@ -78,12 +79,18 @@ class StepGraph:
     found_inf: dict[int, Node] = field(default_factory=dict)
     # set by check_finite, by GRAD mark: the 0-d float64 sum of squares of the stored gradient
     square_sums: dict[Node, Node] = field(default_factory=dict)
-    # set by clip: the 0-d float32 norm before clipping, and whether clipping acted
+    # set by check_finite, by GRAD mark: the 0-d largest magnitude of the stored gradient
+    largest: dict[Node, Node] = field(default_factory=dict)
+    # set by check_finite, by GRAD mark in float16, of a sample of its elements: how many are below
+    # float16's normal numbers, how many of those are zero (both 0-d float32), and the sample's size
+    tiny: dict[Node, tuple[Node, Node, int]] = field(default_factory=dict)
+    # set by grad_norm: the 0-d global norm before clipping, float32 (float64 with float64 gradients)
     grad_norm: Node | None = None
     checked: list[tuple[Node, Node]] = field(
         default_factory=list
     )  # (GRAD mark, the value whose finiteness decides)
-    clipped: Node | None = None
+    clipped: Node | None = None  # set by the clip passes: a 0-d bool, whether one of them acted
+    written: dict[str, Node] = field(default_factory=dict)  # new value of a scaler input, by field name
 
     @property
     def graph(self) -> torch.fx.Graph:

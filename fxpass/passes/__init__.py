@@ -7,10 +7,14 @@ from .base import GraphPass
 from .cast import Cast
 from .check_finite import CheckFinite
 from .clip import Clip
+from .clip_adaptive import ClipAdaptive
+from .clip_value import ClipValue
 from .decompose import Decompose
 from .delay_wgrad import DelayWgrad
+from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
+from .grad_norm import GradNorm
 from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
@@ -25,9 +29,13 @@ PASSES: tuple[type[GraphPass], ...] = (
     Embedding,  # gradients of tables by rows
     Unscale,  # gradients * 1/scale, in float32
     CheckFinite,  # one verdict over the gradients as stored
-    Clip,  # global norm, clip coefficient
+    GradNorm,  # the reported norm, before clipping
+    ClipValue,  # each element
+    ClipAdaptive,  # each row, by its parameter's norm
+    Clip,  # all gradients, or each, by norm
     Skip,  # where(found_inf, old, new)
     UpdateScale,  # growth, backoff, counters
+    Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
     Decompose,  # normalisations and softmax of forward, by their parts
     Recompute,  # what costs less again than to keep
     SecondBackward,  # gradients again, after the verdict

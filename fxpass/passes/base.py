@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import StepGraph
+from ..ir.graph import Phase, StepGraph
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -28,3 +33,35 @@ class GraphPass(ABC):
     def summary(self) -> str:
         """The first line of the pass's docstring."""
         return (type(self).__doc__ or "").strip().splitlines()[0]
+
+
+class Writer:
+    """Small arithmetic on the scaler's inputs, for the passes that end a step."""
+
+    def __init__(self, step: StepGraph, edit: Editor, when: Phase, reason: str) -> None:
+        self.step, self.edit, self.when, self.reason = step, edit, when, reason
+        self.pending: dict[str, Node] = {}
+
+    def op(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.edit.call(target, *args, when=self.when, reason=self.reason, **kwargs)
+
+    def cast(self, value: Node, dtype: torch.dtype) -> Node:
+        return self.edit.cast(value, dtype, when=self.when, reason=self.reason)
+
+    def select(self, condition: Node, yes: object, no: object) -> Node:
+        """``where``; a Python number takes the other side's dtype."""
+        if isinstance(yes, Node) and isinstance(no, Node):
+            return self.op(aten.where.self, condition, yes, no)
+        target = aten.where.ScalarSelf if isinstance(no, Node) else aten.where.ScalarOther
+        return self.op(target, condition, yes, no)
+
+    def write(self, field: str, value: Node) -> None:
+        """Make ``value`` the scaler's ``field`` after the step, once ``flush`` is called."""
+        self.step.written[field] = value
+        self.pending[field] = value
+
+    def flush(self) -> None:
+        """Copy what was written into the scaler's inputs: to be called when nothing reads them any more."""
+        for field, value in self.pending.items():
+            self.op(aten.copy_.default, self.step.scaler[field], value)
+        self.pending.clear()

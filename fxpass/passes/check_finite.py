@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
+from ..analysis.policy import VIEWS, op_name
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, tensor
+from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import GRAD, MARK, READ
 from .base import GraphPass
 
 aten = torch.ops.aten
+SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
+SAMPLED = 2**16  # from this many elements on, underflow is counted in one row of
+SAMPLE_STRIDE = 17  # this many: no power of two, as the sizes of heads are
 
 
 @dataclass(frozen=True)
 class CheckFinite(GraphPass):
-    """Reduce each gradient once, as it leaves backward, to what the verdict and the norm need.
+    """Reduce each gradient once, as it leaves backward, to what the later passes need of it.
 
-    A gradient needs only its sum of squares: in float32 for a float16 gradient
-    (65504**2 times 1e28 elements still fits), in float64 for the others, so
-    that the sum is finite exactly when every element is (ORT checks the norm
-    the same way). The verdict of an optimizer is over the gradients of all
-    optimizers that stepped up to the same backward.
+    Its largest magnitude is inf or nan exactly when an element is: the verdict.
+    Its sum of squares makes the global norm: in float32 for a float16 gradient
+    (65504**2 times 1e28 elements still fits), in float64 for the others. Both
+    are one loop over the gradient. Of a float16 gradient, elements below the
+    normal numbers (underflow) are counted, in a sample of its rows if it is large.
+
+    The verdict of an optimizer is over the gradients of all optimizers that
+    stepped up to the same backward.
     """
 
     name: ClassVar[str] = "check_finite"
@@ -35,6 +42,7 @@ class CheckFinite(GraphPass):
             return
         sources = {read: _gradients_behind(read) for read in step.marks(READ)}
         finite: dict[Node, Node] = {}
+        born = _born(step)
         for mark in step.marks(GRAD):
             if any(mark in found for found in sources.values()) and tensor(mark).numel() != 0:
                 finite[mark] = self._reduce(step, edit, mark)
@@ -54,18 +62,49 @@ class CheckFinite(GraphPass):
                 with edit.after(_latest(step, values)):
                     verdicts[backwards] = _any_non_finite(edit, values)
             step.found_inf[event] = verdicts[backwards]
-        step.checked = list(finite.items())
+        step.checked = sorted(finite.items(), key=lambda item: born[item[0]])
 
     def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> Node:
-        dtype = torch.float32 if tensor(mark).dtype is torch.float16 else torch.float64
-        reason = "norm and finite check"
+        """Insert the reductions of one gradient; returns the value whose finiteness decides."""
+
+        def call(target: Any, *args: Any) -> Node:
+            return edit.call(target, *args, when=Phase.CHECK, reason="finite check, norm, underflow")
+
+        dtype = tensor(mark).dtype
+        # squares of float16 fit into float32, and add up there; those of the others need float64
+        narrow, wide = (torch.promote_types(dtype, torch.float32), torch.float64)
+        if dtype is torch.float16:
+            wide = torch.float32
         with edit.after(mark):
-            wide = edit.cast(mark, dtype, when=Phase.CHECK, reason=reason)
-            square = edit.call(aten.mul.Tensor, wide, wide, when=Phase.CHECK, reason=reason)
-            total = edit.call(aten.sum.default, square, when=Phase.CHECK, reason=reason)
-            total = edit.cast(total, torch.float64, when=Phase.CHECK, reason=reason)
-        step.square_sums[mark] = total
-        return total
+            value = edit.cast(mark, narrow, when=Phase.CHECK, reason="reduce in float32")
+            step.largest[mark] = call(aten.amax.default, call(aten.abs.default, value), [])
+            value = edit.cast(value, wide, when=Phase.CHECK, reason="squares may not fit into float32")
+            total = call(aten.sum.default, call(aten.mul.Tensor, value, value))
+            total = edit.cast(total, torch.float64, when=Phase.CHECK, reason="sums add up in float64")
+            step.square_sums[mark] = total
+            if dtype is torch.float16:
+                step.tiny[mark] = _count_tiny(edit, mark)
+        return step.largest[mark]
+
+
+def _count_tiny(edit: Editor, mark: Node) -> tuple[Node, Node, int]:
+    """Of a sample of the gradient: elements below the normal numbers, elements that are zero, elements."""
+
+    def call(target: Any, *args: Any) -> Node:
+        return edit.call(target, *args, when=Phase.CHECK, reason="elements lost to underflow")
+
+    def count(condition: Node) -> Node:
+        number = edit.cast(condition, torch.float32, when=Phase.CHECK, reason="elements lost to underflow")
+        return call(aten.sum.default, number)
+
+    sample, shape = mark, tensor(mark).shape
+    rows = next((dim for dim, size in enumerate(shape) if size >= 2 * SAMPLE_STRIDE), None)
+    if tensor(mark).numel() >= SAMPLED and rows is not None:
+        sample = call(aten.slice.Tensor, mark, rows, 0, shape[rows], SAMPLE_STRIDE)
+    value = edit.cast(sample, torch.float32, when=Phase.CHECK, reason="count in float32")
+    magnitude = call(aten.abs.default, value)
+    tiny = count(call(aten.lt.Scalar, magnitude, SMALLEST_NORMAL))
+    return tiny, count(call(aten.eq.Scalar, magnitude, 0.0)), int(tensor(sample).numel())
 
 
 def _gradients_behind(read: Node) -> set[Node]:
@@ -85,6 +124,18 @@ def _gradients_behind(read: Node) -> set[Node]:
     return found
 
 
+def _born(step: StepGraph) -> dict[Node, int]:
+    """When backward computed each GRAD mark's gradient, as a position in the graph."""
+    order = {n: i for i, n in enumerate(step.graph.nodes)}
+    born = {}
+    for mark in step.marks(GRAD):
+        node = source(mark)
+        while node.op == "call_function" and op_name(node.target) in VIEWS | {"_to_copy"}:
+            node = source(node)
+        born[mark] = order[node]
+    return born
+
+
 def _latest(step: StepGraph, nodes: list[Node]) -> Node:
     order = {n: i for i, n in enumerate(step.graph.nodes)}
     return max(nodes, key=order.__getitem__)
@@ -92,6 +143,8 @@ def _latest(step: StepGraph, nodes: list[Node]) -> Node:
 
 def _any_non_finite(edit: Editor, values: list[Node]) -> Node:
     reason = "one verdict for the whole step"
+    if len({tensor(v).dtype for v in values}) > 1:
+        values = [edit.cast(v, torch.float64, when=Phase.CHECK, reason=reason) for v in values]
     stacked = edit.call(aten.stack.default, values, when=Phase.CHECK, reason=reason)
     finite = edit.call(aten.isfinite.default, stacked, when=Phase.CHECK, reason=reason)
     bad = edit.call(aten.logical_not.default, finite, when=Phase.CHECK, reason=reason)

@@ -87,7 +87,7 @@ def _verdict(step: StepGraph, edit: Editor, values: list[Node]) -> Node:
     reason = "a verdict for this parameter alone"
     with edit.after(max(values, key=order.__getitem__)):
         total = values[0]
-        for value in values[1:]:  # non-negative or nan each: the sum is finite only if all are
-            total = edit.call(aten.add.Tensor, total, value, when=Phase.CHECK, reason=reason)
+        for value in values[1:]:  # magnitudes: inf and nan are what a maximum keeps
+            total = edit.call(aten.maximum.default, total, value, when=Phase.CHECK, reason=reason)
         finite = edit.call(aten.isfinite.default, total, when=Phase.CHECK, reason=reason)
         return edit.call(aten.logical_not.default, finite, when=Phase.CHECK, reason=reason)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph
+from ..ir.graph import Phase, StepGraph, tensor
 from ..ir.marks import GRAD
 from .base import GraphPass
 
@@ -39,13 +39,14 @@ class Unscale(GraphPass):
                 aten.reciprocal.default, scale, when=Phase.CHECK, reason="one factor for all gradients"
             )
         for mark in marks:
+            dtype = torch.promote_types(tensor(mark).dtype, torch.float32)  # float64 stays
             for user in list(mark.users):
                 with edit.before(user):
-                    wide = edit.cast(mark, torch.float32, when=Phase.GRADIENT, reason="unscale in float32")
+                    wide = edit.cast(mark, dtype, when=Phase.GRADIENT, reason="unscale in float32")
                     value = edit.call(
                         aten.mul.Tensor, wide, inverse, when=Phase.GRADIENT, reason="undo the loss scale"
                     )
-                if user.target is aten._to_copy.default and user.kwargs.get("dtype") is torch.float32:
+                if user.target is aten._to_copy.default and user.kwargs.get("dtype") is dtype:
                     edit.replace_uses(user, value)
                     edit.erase(user)
                 else:

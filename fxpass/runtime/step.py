@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .report import Reporter
 from .state import ScalerState
+from .watch import Watch
 
 
 @dataclass
@@ -66,16 +68,16 @@ class CompiledStep:
     kept: list[int]  # inputs whose .grad receives the outputs after the first `outputs`
     cleared: list[tuple[int, int, int]]  # (binding, group, position) of parameters whose .grad becomes None
     drop_grads: bool
-    nonfinite: Tensor | None
-    after: Callable[[], None]
+    watch: Watch | None
+    reporter: Reporter
 
     def __call__(self, *args: Any) -> Any:
         extras: list[Tensor] = []
         if self.bindings:
             self.scaler.to(self.device)
             extras += [self.scaler.tensors[name] for name in self.scaler.fields]
-            if self.nonfinite is not None:
-                extras.append(self.nonfinite)
+            if self.watch is not None:
+                extras += [self.watch.table, self.watch.report]
         for binding in self.bindings:
             extras += binding.inputs(self.device)
         results = self.call(*args, *extras)
@@ -83,7 +85,8 @@ class CompiledStep:
         for binding in self.bindings:
             # an LR scheduler warns about the order of calls unless step() was seen
             vars(binding.optimizer())["_opt_called"] = True
-        self.after()
+        if self.watch is not None:
+            self.reporter.step(self.watch.report, self.watch.names)
         return results[: self.outputs]
 
     def _place_grads(self, args: Sequence[Any], grads: Sequence[Tensor]) -> None:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def fx(capsys: pytest.CaptureFixture[str], *args: str) -> Result:
     from fxpass.cli.app import run
 
     torch.compiler.reset()
-    code = run([f"{TARGETS}:{a[1:]}" if a.startswith("@") else a for a in args])
+    with mock.patch.dict(os.environ):
+        os.environ.pop("COLUMNS", None)  # set by whoever runs pytest: output is as wide as without
+        code = run([f"{TARGETS}:{a[1:]}" if a.startswith("@") else a for a in args])
     printed = capsys.readouterr()
     return Result(code, printed.out, printed.err)
 

@@ -105,3 +105,52 @@ def test_an_overflow_of_the_second_optimizer_undoes_the_first() -> None:
     step(torch.ones(3))
     assert torch.equal(first, torch.full((3,), 0.5))
     assert torch.equal(second, torch.full((3,), 0.75))
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_per_tensor_the_others_go_on_as_eager_without_it(codegen: str) -> None:
+    """The parameter with the overflow keeps its bits, state and step count; the scale backs off."""
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    alone = nn.Parameter(torch.ones(3))
+    opt = torch.optim.AdamW([good, bad], lr=0.1)
+    eager = torch.optim.AdamW([alone], lr=0.1)
+    mp = MixedPrecision(skip="tensor", codegen=codegen)
+
+    @torch.compile(backend=mp)
+    def step(slope: Tensor) -> None:
+        (good.square().sum() + (bad * slope).sum()).backward()
+        opt.step()
+        opt.zero_grad()
+
+    for slope in (torch.ones(3), torch.tensor([1.0, INF, 1.0]), torch.ones(3)):
+        before = [clone(t) for t in (bad, *opt.state[bad].values())]
+        step(slope)
+        alone.square().sum().backward()
+        eager.step()
+        eager.zero_grad()
+        if slope.isinf().any():
+            for old, now in zip(before, (bad, *opt.state[bad].values()), strict=True):
+                assert torch.equal(old, now)
+    torch.testing.assert_close(good, alone, rtol=1e-6, atol=1e-7)
+    assert opt.state[good]["step"] == 3
+    assert opt.state[bad]["step"] == 2
+    assert mp.stats().skipped == 1
+    assert float(mp.scale) == 2.0**15
+
+
+def test_per_tensor_a_tied_parameter_is_one() -> None:
+    """One parameter with two uses has one gradient and one verdict."""
+    model = nn.Linear(4, 4, bias=False)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    @torch.compile(backend=MixedPrecision(skip="tensor", codegen="eager"))
+    def step(x: Tensor, slope: Tensor) -> None:
+        (model(model(x)) * slope).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    before = model.weight.detach().clone()
+    step(torch.randn(2, 4), torch.tensor(INF))
+    assert torch.equal(model.weight, before)
+    step(torch.randn(2, 4), torch.tensor(1.0))
+    assert not torch.equal(model.weight, before)

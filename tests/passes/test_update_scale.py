@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxpass import DynamicLossScale, LossScaleError, MixedPrecision, StaticLossScale
-
-INF = float("inf")
-
-
-def trajectory(policy: object, overflows: str) -> tuple[list[float], MixedPrecision]:
-    """Scale after each step; ``x`` in ``overflows`` is a step whose gradient is inf."""
-    weight = nn.Parameter(torch.zeros(2))
-    opt = torch.optim.SGD([weight], lr=0.1)
-    mp = MixedPrecision(codegen="eager", loss_scale=policy)
-
-    @torch.compile(backend=mp)
-    def step(slope: Tensor) -> None:
-        (weight * slope).sum().backward()
-        opt.step()
-        opt.zero_grad()
-
-    scales = []
-    for kind in overflows:
-        step(torch.tensor([INF if kind == "x" else 1.0, 1.0]))
-        scales.append(mp.scale.item())
-    return scales, mp
+from tests.scaling import slopes, trajectory
 
 
 def grad_scaler(overflows: str, **settings: float) -> tuple[list[float], list[int]]:
@@ -35,8 +15,8 @@ def grad_scaler(overflows: str, **settings: float) -> tuple[list[float], list[in
     weight = nn.Parameter(torch.zeros(2))
     opt = torch.optim.SGD([weight], lr=0.1)
     scales, trackers = [], []
-    for kind in overflows:
-        scaler.scale((weight * torch.tensor([INF if kind == "x" else 1.0, 1.0])).sum()).backward()
+    for slope in slopes(overflows):
+        scaler.scale((weight * slope).sum()).backward()
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
@@ -86,6 +66,65 @@ def test_hysteresis_tolerates_consecutive_overflows() -> None:
     """Apex's kernel: h - 1 overflows in a row keep the scale, each further one backs off."""
     policy = DynamicLossScale(init_scale=16.0, hysteresis=3)
     assert trajectory(policy, "xx.xxxx.x")[0] == [16.0, 16.0, 16.0, 16.0, 16.0, 8.0, 4.0, 4.0, 4.0]
+
+
+# Scales after each step, from running DeepSpeed's DynamicLossScaler and reading Apex amp's LossScaler.
+WINDOW_2 = {"init_scale": 256, "loss_scale_window": 2}
+PUBLISHED = [
+    ("deepspeed", {**WINDOW_2, "hysteresis": 1}, ".......", "256 256 512 512 1024 1024 2048"),
+    ("deepspeed", {**WINDOW_2, "hysteresis": 1}, "x.....", "128 128 128 256 256 512"),
+    ("deepspeed", {"initial_scale_power": 8, "loss_scale_window": 2}, "xxx", "256 128 64"),
+    ("deepspeed", WINDOW_2, "x.x.x", "256 256 128 128 64"),
+    ("deepspeed", {**WINDOW_2, "consecutive_hysteresis": True}, "x.x.x", "256 256 256 256 256"),
+    ("deepspeed", WINDOW_2, "xx...xx", "256 128 128 128 256 256 128"),  # the growth refilled the hysteresis
+    ("deepspeed", {"init_scale": 4, "hysteresis": 1}, "xx", "2 1"),
+    ("deepspeed", {"init_scale": 5, "hysteresis": 1}, "xxx", "2.5 1.25 1"),
+    ("apex", {"init_scale": 3, "scale_window": 1, "max_loss_scale": 16}, "....", "6 12 16 16"),
+    ("apex", {"init_scale": 8, "scale_window": 2, "min_loss_scale": 3}, "..x.x..", "8 16 8 8 4 4 8"),
+    ("apex", {"init_scale": 8, "min_loss_scale": 3}, "xxx", "4 3 3"),
+    ("apex", {"init_scale": 16, "hysteresis": 3}, "xx.xxxx.x", "16 16 16 16 16 8 4 4 4"),
+]
+
+
+@pytest.mark.parametrize(("library", "settings", "overflows", "scales"), PUBLISHED)
+def test_sequences_of_other_libraries(
+    library: str, settings: dict[str, float], overflows: str, scales: str
+) -> None:
+    policy = DynamicLossScale.like(library, **settings)
+    assert trajectory(policy, overflows)[0] == [float(s) for s in scales.split()]
+
+
+def test_deepspeed_raises_at_the_minimum_at_once() -> None:
+    policy = DynamicLossScale.like("deepspeed", init_scale=4, hysteresis=1)
+    with pytest.raises(LossScaleError, match="1 steps in a row overflowed at the minimum scale 1"):
+        trajectory(policy, "xxx")
+
+
+@pytest.mark.parametrize("library", ["torch", "apex"])
+def test_endless_overflows_never_reach_zero(library: str) -> None:
+    policy = DynamicLossScale.like(library, init_scale=2.0**-120, backoff_factor=0.25, patience=99)
+    assert trajectory(policy, "xxxxxx", dtype="float32")[0][-1] == 2.0**-126
+
+
+def test_a_tracker_beyond_a_shorter_new_interval_grows_at_once() -> None:
+    """GradScaler compares for equality, and would never grow again."""
+    mp = MixedPrecision(loss_scale=DynamicLossScale(init_scale=8.0))
+    mp.load_state_dict({**mp.state_dict(), "_growth_tracker": 1500})
+    fresh, handle = trajectory(DynamicLossScale(init_scale=8.0, growth_interval=1000), "")
+    assert fresh == []
+    handle.load_state_dict(mp.state_dict())
+    weight = nn.Parameter(torch.zeros(2))
+    opt = torch.optim.SGD([weight], lr=0.1)
+
+    @torch.compile(backend=handle)
+    def step() -> None:
+        weight.sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    assert handle.scale.item() == 16.0
+    assert handle.stats().growth_tracker == 0
 
 
 def test_static_scale_skips_and_stays() -> None:

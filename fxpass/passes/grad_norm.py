@@ -1,0 +1,31 @@
+"""Report the global norm of the unscaled gradients, before any clipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ir.edit import Editor
+from ..ir.graph import StepGraph
+from .base import GraphPass
+from .norms import Norms, reads_with_elements
+
+
+@dataclass(frozen=True)
+class GradNorm(GraphPass):
+    """Compute the norm of all gradients that the step's optimizers read: ``stats().grad_norm``.
+
+    It costs nothing beside the finite check, whose sums of squares it adds up
+    (``norm_type=inf`` takes one more reduction per gradient).
+    """
+
+    name: ClassVar[str] = "grad_norm"
+    norm_type: float = 2.0
+
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        reads = [read for _, read in reads_with_elements(step)]
+        if not step.found_inf or not reads:
+            edit.decline("no gradient reaches an optimizer")
+            return
+        norms = Norms(step, edit, "global norm before clipping")
+        step.grad_norm = norms.total(reads, self.norm_type)

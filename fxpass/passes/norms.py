@@ -1,0 +1,138 @@
+"""Norms of gradients for the passes that report or clip them: each taken where the gradient is stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..ir.edit import Editor
+from ..ir.graph import Phase, StepGraph, origin, source, tensor
+from ..ir.marks import GRAD, MARK, READ
+
+aten = torch.ops.aten
+
+
+def reads_with_elements(step: StepGraph) -> list[tuple[int, Node]]:
+    """The gradients that optimizers read, by their index; a gradient without elements has no norm."""
+    return [(index, read) for index, read in enumerate(step.marks(READ)) if tensor(read).numel() != 0]
+
+
+class Norms:
+    """Builds norms of unscaled gradients without unscaling a gradient.
+
+    A gradient that reaches its optimizer as backward left it is reduced in its
+    stored dtype, beside the finite check, and the 0-d (or per row) result is
+    unscaled. One that the user, or another pass, has changed on the way is
+    reduced as it is. All results are float32, float64 for a float64 gradient.
+    """
+
+    def __init__(self, step: StepGraph, edit: Editor, reason: str) -> None:
+        self.step, self.edit, self.reason = step, edit, reason
+        self._inverse: Node | None = None
+
+    def call(self, target: Any, *args: object, **kwargs: object) -> Node:
+        return self.edit.call(target, *args, when=Phase.CHECK, reason=self.reason, **kwargs)
+
+    def cast(self, x: Node, dtype: torch.dtype) -> Node:
+        return self.edit.cast(x, dtype, when=Phase.CHECK, reason=self.reason)
+
+    def total(self, reads: Sequence[Node], norm_type: float) -> Node:
+        """The 0-d norm of all ``reads`` together, placed after the last of them is reduced."""
+        by_inf = norm_type == math.inf
+        parts = [(self._largest if by_inf else self._square_sum)(read) for read in reads]
+        dtype = torch.float64 if any(tensor(r).dtype is torch.float64 for r in reads) else torch.float32
+        with self.edit.after(self.edit.last(part for part, _ in parts)):
+            kinds = [[part for part, scaled in parts if scaled is kind] for kind in (True, False)]
+            combined = [self._combine(by_inf, kind) if kind else None for kind in kinds]
+            if combined[0] is not None:
+                combined[0] = self._unscaled(combined[0], 1 if by_inf else 2)
+            norm = self._combine(by_inf, [c for c in combined if c is not None])
+            return self.cast(norm if by_inf else self.call(aten.sqrt.default, norm), dtype)
+
+    def by_row(self, read: Node) -> Node:
+        """The 2-norm of each slice along the first dimension; of the whole for fewer than two dimensions."""
+        stored, scaled = self._stored(read)
+        with self.edit.before(read):
+            norms = self.row_norms(stored)
+            return self._unscaled(norms) if scaled else norms
+
+    def row_norms(self, x: Node) -> Node:
+        """2-norms of a tensor ``[n, ...]`` as ``[n, 1, ...]``, or of all of it as ``[1]`` or ``[]``."""
+        dims = list(range(1 if tensor(x).ndim > 1 else 0, tensor(x).ndim))
+        total = self._square(x)
+        if dims:
+            total = self.call(aten.sum.dim_IntList, total, dims, True)
+        return self.cast(self.call(aten.sqrt.default, total), _float(x))
+
+    def _combine(self, by_inf: bool, parts: list[Node]) -> Node:
+        if len(parts) == 1:
+            return parts[0]
+        stacked = self.call(aten.stack.default, parts)
+        return self.call(aten.amax.default if by_inf else aten.sum.default, stacked)
+
+    def _square(self, x: Node) -> Node:
+        """Squares that do not overflow: in float32 of float16, else in float64."""
+        wide = self.cast(x, torch.float32 if tensor(x).dtype is torch.float16 else torch.float64)
+        return self.call(aten.mul.Tensor, wide, wide)
+
+    def _square_sum(self, read: Node) -> tuple[Node, bool]:
+        """0-d float64, and whether it is still scaled."""
+        stored, scaled = self._stored(read)
+        if stored in self.step.square_sums:
+            return self.step.square_sums[stored], scaled
+        with self.edit.before(read):
+            return self.cast(self.call(aten.sum.default, self._square(stored)), torch.float64), scaled
+
+    def _largest(self, read: Node) -> tuple[Node, bool]:
+        """The largest magnitude, 0-d float32 or float64, and whether it is still scaled."""
+        stored, scaled = self._stored(read)
+        if stored in self.step.largest:
+            return self.step.largest[stored], scaled
+        with self.edit.before(read):
+            largest = self.call(aten.amax.default, self.call(aten.abs.default, stored))
+            return self.cast(largest, _float(stored)), scaled
+
+    def _stored(self, read: Node) -> tuple[Node, bool]:
+        """The GRAD mark that a READ mark reads through the unscale alone; else the value it reads.
+
+        And whether what is returned is scaled.
+        """
+        node = source(read)
+        if node.target is aten.mul.Tensor and (made := origin(node)) and made.pass_name == "unscale":
+            node = source(node)
+        if node.target is aten._to_copy.default:
+            node = source(node)
+        if node.target is MARK and node.args[1] == GRAD:
+            return node, "scale" in self.step.scaler
+        return source(read), False
+
+    def _unscaled(self, norm: Node, power: int = 1) -> Node:
+        if self._inverse is None:
+            scale = self.step.scaler["scale"]
+            with self.edit.after(scale):
+                self._inverse = self.call(aten.reciprocal.default, scale)
+        for _ in range(power):
+            norm = self.call(aten.mul.Tensor, norm, self._inverse)
+        return norm
+
+
+def _float(x: Node) -> torch.dtype:
+    return torch.float64 if tensor(x).dtype is torch.float64 else torch.float32
+
+
+def note_clipped(norms: Norms, values: Sequence[Node], limit: float) -> None:
+    """Count the step as clipped if one of the 0-d ``values`` is finite and above ``limit``."""
+    step, edit = norms.step, norms.edit
+    output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
+    with edit.before(output):
+        stacked = norms.call(aten.stack.default, [norms.cast(v, torch.float32) for v in values])
+        above = norms.call(aten.gt.Scalar, stacked, limit)
+        finite = norms.call(aten.isfinite.default, stacked)
+        acted = norms.call(aten.any.default, norms.call(aten.logical_and.default, above, finite))
+        if step.clipped is not None:
+            acted = norms.call(aten.logical_or.default, step.clipped, acted)
+    step.clipped = acted
