@@ -84,6 +84,7 @@ def compile_graph(
 
 
 def _not_compiled(inputs: list[Any]) -> Any:
+    """Stands for the program of a dry run, which nobody may call."""
     raise NotImplementedError("only the program was asked for")
 
 

@@ -7,8 +7,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from .nodes import nbytes, size_hint
-from .policy import VIEWS, op_name
+from .nodes import is_view, nbytes, size_hint
+from .policy import op_name
 
 # Only the ratio matters: how many floating point operations take as long as moving one byte.
 # 50 to 150 on GPUs (an H100 does 990e12/s in float16 and moves 3.35e12 bytes/s), about 10 on a CPU core.
@@ -40,7 +40,7 @@ def is_deterministic(node: Node) -> bool:
 
 def seconds(node: Node) -> float:
     """A rough time of one run of ``node``, on a nominal machine: memory traffic plus arithmetic."""
-    if op_name(node.target) in VIEWS:
+    if is_view(node):
         return 0.0
     traffic = nbytes(node) + sum(map(nbytes, node.all_input_nodes))
     return (traffic + flops(node) / FLOPS_PER_BYTE) / BYTES_PER_SECOND

@@ -60,9 +60,14 @@ def size_hint(size: int | torch.SymInt) -> int:
     return size
 
 
+def is_view(node: Node) -> bool:
+    """Whether the node's result shares its input's storage, or picks one of several results."""
+    return op_name(node.target) in VIEWS
+
+
 def storage_of(node: Node) -> Node:
     """The value whose storage a chain of views looks at; a result of a multi-output kernel is its own."""
-    while op_name(node.target) in VIEWS and isinstance(node.args[0], Node):
+    while is_view(node) and isinstance(node.args[0], Node):
         if op_name(node.target) == "getitem" and op_name(node.args[0].target) not in VIEWS:
             break
         node = node.args[0]

@@ -72,7 +72,6 @@ class StepGraph:
     updates: list[Update] = field(default_factory=list)
     read_events: list[int] = field(default_factory=list)  # the optimizer event of READ mark i
     read_groups: list[int] = field(default_factory=list)  # the parameter group of READ mark i
-    read_names: list[str] = field(default_factory=list)  # parameter name of READ mark i
     backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
     # set by check_finite, by optimizer event: a 0-d bool, true if the event must be skipped

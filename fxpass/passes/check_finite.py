@@ -9,9 +9,10 @@ import torch
 from torch.fx import Node
 
 from ..analysis.policy import VIEWS, op_name
+from ..analysis.updates import gradients_behind
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source, tensor
-from ..ir.marks import GRAD, MARK, READ
+from ..ir.marks import GRAD, READ
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ class CheckFinite(GraphPass):
         if not step.trains:
             edit.decline("no optimizer step")
             return
-        sources = {read: _gradients_behind(read) for read in step.marks(READ)}
+        sources = {read: set(gradients_behind({read})) for read in step.marks(READ)}
         finite: dict[Node, Node] = {}
         born = _born(step)
         for mark in step.marks(GRAD):
@@ -59,7 +60,7 @@ class CheckFinite(GraphPass):
                     if e in events
                 ]
                 values = [value for mark, value in finite.items() if any(mark in found for found in read)]
-                with edit.after(_latest(step, values)):
+                with edit.after(edit.last(values)):
                     verdicts[backwards] = _any_non_finite(edit, values)
             step.found_inf[event] = verdicts[backwards]
         step.checked = sorted(finite.items(), key=lambda item: born[item[0]])
@@ -107,23 +108,6 @@ def _count_tiny(edit: Editor, mark: Node) -> tuple[Node, Node, int]:
     return tiny, count(call(aten.eq.Scalar, magnitude, 0.0)), int(tensor(sample).numel())
 
 
-def _gradients_behind(read: Node) -> set[Node]:
-    """The GRAD marks whose values a READ mark depends on."""
-    found: set[Node] = set()
-    seen: set[Node] = set()
-    stack = [read]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.target is MARK and node.args[1] == GRAD:
-            found.add(node)
-            continue
-        stack += [n for n in node.all_input_nodes if n.op != "placeholder"]
-    return found
-
-
 def _born(step: StepGraph) -> dict[Node, int]:
     """When backward computed each GRAD mark's gradient, as a position in the graph."""
     order = {n: i for i, n in enumerate(step.graph.nodes)}
@@ -134,11 +118,6 @@ def _born(step: StepGraph) -> dict[Node, int]:
             node = source(node)
         born[mark] = order[node]
     return born
-
-
-def _latest(step: StepGraph, nodes: list[Node]) -> Node:
-    order = {n: i for i, n in enumerate(step.graph.nodes)}
-    return max(nodes, key=order.__getitem__)
 
 
 def _any_non_finite(edit: Editor, values: list[Node]) -> Node:

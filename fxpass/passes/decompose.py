@@ -57,7 +57,7 @@ def _split_dropout(edit: Editor, node: Node) -> None:
     if 0 not in values or 1 not in values or train is False or not isinstance(p, float) or p >= 1.0:
         return
     value, mask = values[0], values[1]
-    if not _is_before(mask, value):
+    if value < mask:  # in the order of the graph
         value.prepend(mask)
     with edit.after(value):
         kept = edit.call(aten.mul.Tensor, x, mask, when=Phase.FORWARD, reason="dropout by its mask")
@@ -66,7 +66,3 @@ def _split_dropout(edit: Editor, node: Node) -> None:
         )
     edit.replace_uses(value, scaled)
     edit.erase(value)
-
-
-def _is_before(first: Node, second: Node) -> bool:
-    return first < second

@@ -9,8 +9,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from ..analysis.cost import flops
-from ..analysis.nodes import nbytes, storage_of
-from ..analysis.policy import VIEWS, op_name
+from ..analysis.nodes import is_view, nbytes, storage_of
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
 from .base import GraphPass
@@ -52,7 +51,7 @@ def _with_views(node: Node, before: int, order: dict[Node, int]) -> list[Node] |
         for user in current.users:
             if order[user] > before:
                 continue
-            if op_name(user.target) not in VIEWS:
+            if not is_view(user):
                 return None
             found.append(user)
     return sorted(found, key=order.__getitem__)
@@ -73,5 +72,5 @@ def _freed(node: Node, order: dict[Node, int]) -> int:
 def _last(value: Node, order: dict[Node, int]) -> int:
     last = order[value]
     for user in value.users:
-        last = max(last, _last(user, order) if op_name(user.target) in VIEWS else order[user])
+        last = max(last, _last(user, order) if is_view(user) else order[user])
     return last

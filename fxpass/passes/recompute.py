@@ -11,8 +11,7 @@ import torch
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic, is_pointwise, seconds
-from ..analysis.nodes import is_large, nbytes, storage_of
-from ..analysis.policy import VIEWS, op_name
+from ..analysis.nodes import is_large, is_view, nbytes, storage_of
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
 from .base import GraphPass
@@ -106,9 +105,9 @@ class _Choice:
         while stack:
             for user in stack.pop().users:
                 readers.append(user)
-                stack += [user] if _is_view(user) else []
+                stack += [user] if is_view(user) else []
         forward = [self.order[n] for n in readers if phase(n) is Phase.FORWARD]
-        backward = [self.order[n] for n in readers if phase(n) is Phase.BACKWARD and not _is_view(n)]
+        backward = [self.order[n] for n in readers if phase(n) is Phase.BACKWARD and not is_view(n)]
         return max(1, min(backward, default=0) - max(forward, default=self.order[value]))
 
     def _freed(self, plan: _Plan) -> int:
@@ -128,7 +127,7 @@ class _Choice:
             if node in body or node.op == "placeholder":
                 continue
             can_repeat = phase(node) is Phase.FORWARD and is_deterministic(node)
-            can_repeat = can_repeat and (not pointwise_only or is_pointwise(node) or _is_view(node))
+            can_repeat = can_repeat and (not pointwise_only or is_pointwise(node) or is_view(node))
             if node is not value and (node in self.kept or not can_repeat):
                 leaves.add(node)
                 continue
@@ -140,10 +139,6 @@ class _Choice:
         if len(large) > MAX_LEAVES or any(not isinstance(leaf.meta["val"], torch.Tensor) for leaf in leaves):
             return None
         return _Plan(value, frozenset(body), frozenset(leaves))
-
-
-def _is_view(node: Node) -> bool:
-    return op_name(node.target) in VIEWS
 
 
 def _read_by_backward(step: StepGraph) -> Iterator[Node]:
@@ -181,7 +176,7 @@ def _needed(node: Node, again: set[Node], copies: dict[Node, Node]) -> set[Node]
         current = stack.pop()
         if current in found or current in copies:
             continue
-        if current in again or (_is_view(current) and storage_of(current) in again):
+        if current in again or (is_view(current) and storage_of(current) in again):
             found.add(current)
             stack += current.all_input_nodes
     return found

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.nodes import is_large
-from ..analysis.policy import VIEWS, op_name
+from ..analysis.nodes import is_large, is_view
 from ..analysis.updates import update_groups
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
@@ -105,6 +104,6 @@ def _readers(old: Node, needed: set[Node]) -> set[Node]:
             if user in needed or user in found or user.op == "output":
                 continue
             found.add(user)
-            if op_name(user.target) in VIEWS:
+            if is_view(user):
                 stack.append(user)
     return found

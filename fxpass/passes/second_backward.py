@@ -8,8 +8,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic
-from ..analysis.nodes import is_large
-from ..analysis.policy import VIEWS, op_name
+from ..analysis.nodes import is_large, is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import MARK, SEED
@@ -48,16 +47,14 @@ class SecondBackward(GraphPass):
             return
         again = _behind([n for _, n in reads])
         copies: dict[Node, Node] = {}
-        verdict = _latest(step, list(step.found_inf.values()))
-        with edit.before(_later(step, first, verdict.next)):
+        verdict = edit.last(step.found_inf.values())
+        with edit.before(edit.last([first, verdict.next])):
             for node in [n for n in step.graph.nodes if n in again]:
-                copies[node] = (
-                    copies.get(source(node), source(node))
-                    if node.target is MARK
-                    else edit.copy(
-                        node, copies, when=phase(node), reason="the gradient again, after the verdict"
-                    )
-                )
+                if node.target is MARK:
+                    copies[node] = copies.get(source(node), source(node))
+                else:
+                    reason = "the gradient again, after the verdict"
+                    copies[node] = edit.copy(node, copies, when=phase(node), reason=reason)
         for user, value in reads:
             if copies[value] is not value:
                 edit.read_instead(user, value, copies[value])
@@ -84,13 +81,4 @@ def _repeats(node: Node) -> bool:
     if node.target is MARK:
         return True
     tensors = is_large(node) or not hasattr(node.meta["val"], "shape")
-    return is_deterministic(node) and (tensors or op_name(node.target) in VIEWS)
-
-
-def _latest(step: StepGraph, nodes: list[Node]) -> Node:
-    order = {n: i for i, n in enumerate(step.graph.nodes)}
-    return max(nodes, key=order.__getitem__)
-
-
-def _later(step: StepGraph, a: Node, b: Node) -> Node:
-    return _latest(step, [a, b])
+    return is_deterministic(node) and (tensors or is_view(node))

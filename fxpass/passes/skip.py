@@ -72,7 +72,7 @@ def _skip_tensors(step: StepGraph, edit: Editor) -> None:
     for group in update_groups(step):
         values = [finite[mark] for mark in gradients_behind(group.body) if mark in finite]
         olds = [old for write in group.writes if (old := source(write)) in marks]
-        found = _verdict(step, edit, values) if values else step.found_inf[events[olds[0]]]
+        found = _verdict(edit, values) if values else step.found_inf[events[olds[0]]]
         for old in olds:
             mark = marks[old]
             reason = "this parameter's own gradient is not finite"
@@ -81,11 +81,10 @@ def _skip_tensors(step: StepGraph, edit: Editor) -> None:
             edit.set_arg(mark, 0, kept)
 
 
-def _verdict(step: StepGraph, edit: Editor, values: list[Node]) -> Node:
+def _verdict(edit: Editor, values: list[Node]) -> Node:
     """Whether any of the 0-d ``values`` is not finite, right behind the last of them."""
-    order = {n: i for i, n in enumerate(step.graph.nodes)}
     reason = "a verdict for this parameter alone"
-    with edit.after(max(values, key=order.__getitem__)):
+    with edit.after(edit.last(values)):
         total = values[0]
         for value in values[1:]:  # magnitudes: inf and nan are what a maximum keeps
             total = edit.call(aten.maximum.default, total, value, when=Phase.CHECK, reason=reason)
