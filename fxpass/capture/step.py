@@ -24,6 +24,7 @@ from ..ir.marks import GRAD, MARK, SEED
 from . import optim, optim_state
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
+from .numbers import as_tensor, spell_out_numbers
 from .scalars import Comparison
 from .writes import hide_writes
 
@@ -80,6 +81,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    spell_out_numbers(graph)
     hide_writes(graph)
     graph.lint()
     new_gm.recompile()
@@ -136,19 +138,8 @@ def _expand_optimizer(
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device
-    numbers = [_as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
+    numbers = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, lr, numbers)
-
-
-def _as_tensor(before: Node, number: Node, device: torch.device) -> Node:
-    """A symbolic float as a 0-d float64 tensor.
-
-    By a multiplication, since AOTAutograd replaces only arithmetic with symbolic
-    floats by tensors, and makes a constant of one that is used otherwise.
-    """
-    with before.graph.inserting_before(before):
-        one = before.graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": device})
-        return before.graph.call_function(torch.mul, (one, number))
 
 
 def _param_name(by_name: dict[str, Node], found: Any, key: optim_state.StateKey) -> str:
