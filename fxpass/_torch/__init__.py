@@ -19,4 +19,5 @@ from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition
 from .inductor import mode_settings as mode_settings
+from .optimizer import get_value as get_value
 from .record import FrameRecord as FrameRecord

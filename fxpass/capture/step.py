@@ -53,7 +53,9 @@ class Captured:
     outputs: int
     extra_roles: list[tuple[Role, str]]
     first_extra: int
-    update_slots: list[tuple[int, str]] = field(default_factory=list)  # (event, placeholder) per UPDATE mark
+    update_slots: list[tuple[int, str, str]] = field(
+        default_factory=list
+    )  # per UPDATE mark: event, placeholder, placeholder of the parameter it belongs to
 
 
 def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool) -> Captured:
@@ -124,7 +126,11 @@ def _expand_optimizer(
     lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
     event = Event(found.live, places, fetched, len(lr), found.where, found.dynamic)
     first = len(captured.update_slots)
-    captured.update_slots += [(index, n.name) for n in (*params, *state)]
+    owners = dict(zip(places, params, strict=True))
+    captured.update_slots += [(index, n.name, n.name) for n in params]
+    captured.update_slots += [
+        (index, n.name, owners[k.group, k.position].name) for k, n in zip(keys, state, strict=True)
+    ]
     captured.parameters += [n for n in params if n not in captured.parameters]
     captured.events.append(event)
 
@@ -203,8 +209,8 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         step.names[node] = _user_name(name, names)
         if role is Role.SCALER:
             step.scaler[name] = node
-    for index, (event, name) in enumerate(captured.update_slots):
-        step.updates.append(Update(index, event, by_name[name]))
+    for index, (event, name, owner) in enumerate(captured.update_slots):
+        step.updates.append(Update(index, event, by_name[name], by_name[owner]))
     _set_phases(step)
     return step
 
