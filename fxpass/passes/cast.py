@@ -26,7 +26,7 @@ from ..analysis.policy import (
 )
 from ..ir.alias import keeps_elements
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Role, StepGraph, is_float, origin, phase, source, tensor
+from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
 
@@ -142,7 +142,8 @@ class _Caster:
 
     def _colour(self, node: Node) -> Colour | None:
         """The rule for a node; None if it has to run as in the uncompiled step."""
-        if node in self.kept or phase(node) in (Phase.GRADIENT, Phase.UPDATE) or has_double(node):
+        own = phase(node) in (Phase.GRADIENT, Phase.UPDATE, Phase.AFTER) or is_own(node)
+        if own or node in self.kept or has_double(node):
             return None
         colour = colour_of(node.target)
         if colour is None:
