@@ -13,6 +13,7 @@ from .fake import has_cuda as has_cuda
 from .fake import is_fake as is_fake
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
+from .handles import is_argument as is_argument
 from .handles import source_name as source_name
 from .inductor import Compiled as Compiled
 from .inductor import compile_graph as compile_graph

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from .. import _torch
 from ..errors import OptimizerError
-from ..ir.marks import UPDATE, mark
+from ..ir.marks import OLD, UPDATE, mark
 from .optim_state import (
     StateKey,
     copied,
@@ -132,6 +132,9 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
     in the order of ``tensors``. Returns what the trace took for granted.
     """
     name = type(optimizer).__name__
+    with torch.no_grad():
+        written = [*tensors.params, *tensors.state.values()]
+        olds = [mark(old, OLD, number) for number, old in enumerate(written, first_update)]
     groups = _traced_groups(optimizer, tensors)
     with torch.no_grad():
         state = _traced_state(optimizer, tensors, groups)
@@ -150,7 +153,7 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
         found = f"{name}.step() {changed}, which a compiled step cannot follow"
         raise OptimizerError(found, where=where, hint=hint)
     with torch.no_grad():
-        _write_back(optimizer, tensors, state, groups, first_update)
+        _write_back(optimizer, tensors, state, groups, olds, first_update)
     return mode.comparisons + _constants(optimizer)
 
 
@@ -253,6 +256,7 @@ def _write_back(
     tensors: StepTensors,
     state: State,
     groups: list[dict[str, Any]],
+    olds: list[Tensor],
     first: int,
 ) -> None:
     by_place = dict(zip(tensors.places, tensors.params, strict=True))
@@ -262,9 +266,9 @@ def _write_back(
         if _dampens(optimizer, groups[at.group]) and at.key == "momentum_buffer":
             new = filled_momentum(new)
         news.append((old, new))
-    for number, (old, new) in enumerate(news, first):
+    for number, ((old, new), before) in enumerate(zip(news, olds, strict=True), first):
         new = new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new)
-        old.copy_(mark(new, UPDATE, number))
+        old.copy_(mark(new, UPDATE, number, before))
     for param in tensors.params:
         param.grad = None
 

@@ -8,7 +8,6 @@ it into one ATen graph.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,8 @@ from torch.fx.traceback import annotate
 
 from .. import _torch
 from ..errors import CaptureError
-from ..ir.graph import Phase, Role, StepGraph, Update
-from ..ir.marks import GRAD, MARK, SEED
-from . import optim, optim_state
+from ..ir.graph import Role, StepGraph, Update
+from . import optim, optim_state, phases
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .numbers import as_tensor, spell_out_numbers
@@ -53,9 +51,9 @@ class Captured:
     outputs: int
     extra_roles: list[tuple[Role, str]]
     first_extra: int
-    update_slots: list[tuple[int, str, str]] = field(
-        default_factory=list
-    )  # per UPDATE mark: event, placeholder, placeholder of the parameter it belongs to
+    data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
+    # per UPDATE mark: event, placeholder, placeholder of the parameter it belongs to
+    update_slots: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool) -> Captured:
@@ -75,6 +73,8 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     if record.events:
         for name in scaler_fields:
             inputs.add(Role.SCALER, name)
+    phases.declare(graph)
+    captured.data = [n.name for n in placeholders if phases.is_data(n)]
     for node in list(graph.nodes):
         if node.target is _torch.optimizer_step:
             _expand_optimizer(node, record, captured, inputs, by_name)
@@ -165,6 +165,7 @@ def _finish_outputs(
         if isinstance(value, Node) and value.name in record.consumed:
             with graph.inserting_before(output):
                 value = graph.call_method("detach", (value,))
+                value.meta["custom"] = {phases.STEPS: 0}  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
     if keep_grads:
@@ -189,7 +190,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
     """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
-    _mark_backward(gm.graph)
+    phases.mark_backward(gm.graph)
     recompute_checkpoints(gm.graph)
     step = StepGraph(gm, outputs=captured.outputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -211,7 +212,7 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
             step.scaler[name] = node
     for index, (event, name, owner) in enumerate(captured.update_slots):
         step.updates.append(Update(index, event, by_name[name], by_name[owner]))
-    _set_phases(step)
+    phases.set_phases(step, {by_name[name] for name in captured.data})
     return step
 
 
@@ -219,40 +220,3 @@ def _user_name(name: str, names: Mapping[str, str]) -> str:
     """``exp_avg[l_self_weight]`` with the user's name of the parameter in the brackets."""
     key, bracket, node = name.rstrip("]").partition("[")
     return f"{key}[{names.get(node, node)}]" if bracket else name
-
-
-def _mark_backward(graph: Graph) -> None:
-    """What was traced between a seed and the first gradient is backward; torch 2.11 does not say so."""
-    inside = False
-    for node in graph.nodes:
-        if node.target is MARK and node.args[1] in (SEED, GRAD):
-            inside = node.args[1] == SEED
-        elif inside:
-            node.meta["autograd_backward"] = True
-
-
-def _set_phases(step: StepGraph) -> None:
-    last_grad = None
-    for node in step.graph.nodes:
-        if node.target is MARK and node.args[1] == GRAD:
-            last_grad = node
-        node.meta["fxpass_phase"] = _phase(node, last_grad is not None)
-        if node.target is operator.getitem:
-            node.meta["fxpass_phase"] = node.args[0].meta["fxpass_phase"]
-
-
-def _phase(node: Node, after_backward: bool) -> Phase:
-    if node.op == "placeholder":
-        return Phase.INPUT
-    if node.op == "output" or node.target is torch.ops.aten.copy_.default:
-        return Phase.OUTPUT
-    if (node.meta.get("custom") or {}).get("fxpass") == "update":
-        return Phase.UPDATE
-    if node.meta.get("autograd_backward"):
-        return Phase.BACKWARD
-    if node.target is MARK:
-        return Phase.GRADIENT if node.args[1] != "seed" else Phase.BACKWARD
-    sources = [n.meta["fxpass_phase"] for n in node.all_input_nodes]
-    if after_backward and Phase.GRADIENT in sources:
-        return Phase.GRADIENT
-    return Phase.FORWARD
