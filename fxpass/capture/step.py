@@ -165,7 +165,9 @@ def _finish_outputs(
         if isinstance(value, Node) and value.name in record.consumed:
             with graph.inserting_before(output):
                 value = graph.call_method("detach", (value,))
-                value.meta["custom"] = {phases.STEPS: 0}  # what the user returns is no computation after the step
+                value.meta["custom"] = {
+                    phases.STEPS: 0
+                }  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
     if keep_grads:
