@@ -22,9 +22,9 @@ from ..errors import CaptureError
 from ..ir.graph import Phase, Role, StepGraph, Update
 from ..ir.marks import GRAD, MARK, SEED
 from . import optim, optim_state
+from .assumptions import Assumptions
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
-from .scalars import Comparison
 from .writes import hide_writes
 
 
@@ -38,7 +38,7 @@ class Event:
     groups: int
     where: str
     dynamic: list[tuple[int, str, int | None]]
-    comparisons: list[Comparison] = field(default_factory=list)
+    assumed: Assumptions | None = None  # known when the update is traced
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _expand_optimizer(
             places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs
         )
         with annotate({"fxpass": "update"}):
-            event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
+            event.assumed = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device
