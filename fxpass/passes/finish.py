@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..ir.alias import input_storages
 from ..ir.edit import Editor
-from ..ir.graph import StepGraph, source, tensor
+from ..ir.graph import StepGraph, phase, source, tensor
 from ..ir.marks import MARK
 from .base import GraphPass
 
@@ -36,8 +36,12 @@ class Finish(GraphPass):
             if node.target is MARK or node.target is aten.detach.default:
                 _replace(edit, node, node.args[0])
             elif node.target is aten.copy.default and _same(node.args[0], node.args[1]):
-                if written.isdisjoint(lies.get(source(node, 1), ())):
-                    _replace(edit, node, node.args[1])
+                value = source(node, 1)
+                if not written.isdisjoint(lies.get(value, ())):
+                    with edit.before(node):
+                        reason = "the step writes over what is copied here"
+                        value = edit.call(aten.clone.default, value, when=phase(node), reason=reason)
+                _replace(edit, node, value)
         before = len(step.graph.nodes)
         step.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n)
