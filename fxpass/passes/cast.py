@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from ..analysis.delicate import delicate
 from ..analysis.modules import nodes_kept
 from ..analysis.nodes import has_double, input_dtype, is_cast, widened_from
 from ..analysis.policy import (
@@ -22,6 +23,7 @@ from ..analysis.policy import (
     Colour,
     colour_of,
     has_number_beyond,
+    has_number_lost,
     op_name,
     read_by_low_only,
 )
@@ -67,6 +69,8 @@ class _Caster:
         self.original = {n: tensor(n).dtype for n in step.graph.nodes if is_float(n)}
         self.weights = self._weights()
         self.kept = nodes_kept(step, settings.keep_fp32)
+        self.delicate = delicate(step, self.low)
+        self.undelicate = {n.meta["seq_nr"] for n in self.delicate if "seq_nr" in n.meta}
         self.made_in: dict[Node, int] = {}  # the user's own low copies of weights, and their segment
         self.wide: set[object] = set()  # sequence numbers of forward arithmetic that ran in float32
         self.segment = 0  # a weight's casts are shared within one forward or one backward
@@ -153,15 +157,19 @@ class _Caster:
             return Colour.FOLLOW
         if name == "_softmax_backward_data" and tensor(source(node, 1)).dtype == self.low:
             return Colour.BACKWARD_FOLLOW
-        if colour is Colour.FOLLOW and has_number_beyond(node, torch.finfo(self.low).max):
-            return Colour.HIGH
-        if colour is Colour.FOLLOW and name not in VIEWS and self._undoes_wide(node):
-            return Colour.HIGH
-        return colour
+        follows = colour in (Colour.FOLLOW, Colour.WIDEST, Colour.BACKWARD_FOLLOW) and name not in VIEWS
+        return Colour.HIGH if follows and self._needs_digits(node, colour) else colour
 
-    def _undoes_wide(self, node: Node) -> bool:
-        """Whether a node of backward belongs to forward arithmetic in float32: a scale of 1e-6, say."""
-        return phase(node) is Phase.BACKWARD and node.meta.get("seq_nr", self) in self.wide
+    def _needs_digits(self, node: Node, colour: Colour) -> bool:
+        """Whether low precision loses a number that the node reads or, in backward, that its forward read."""
+        if phase(node) is Phase.BACKWARD:
+            wide = self.wide if colour is Colour.FOLLOW else self.undelicate
+            if node.meta.get("seq_nr", self) in wide:
+                return True
+        if colour is Colour.BACKWARD_FOLLOW:
+            return False
+        limit = torch.finfo(self.low).max
+        return node in self.delicate or has_number_beyond(node, limit) or has_number_lost(node, self.low)
 
     def _apply(self, node: Node, colour: Colour) -> None:
         name = op_name(node.target)
