@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import Phase, StepGraph, is_float, phase
-from .policy import LOGARITHMS, VIEWS, Colour, colour_of, has_number_lost, op_name
+from .policy import LOGARITHMS, POINTWISE_HIGH, VIEWS, Colour, colour_of, has_number_lost, op_name
 
 
 def delicate(step: StepGraph, low: torch.dtype) -> set[Node]:
@@ -27,6 +27,8 @@ def delicate(step: StepGraph, low: torch.dtype) -> set[Node]:
         elif _follows(node) and op_name(node.target) not in ("mul", "div") and has_number_lost(node, low):
             found.add(node)
             pending.append(node)
+        elif _is_square(node) and all(colour_of(user.target) is Colour.HIGH for user in node.users):
+            found.add(node)
     while pending:
         for value in pending.pop().all_input_nodes:
             if value not in found and _follows(value):
@@ -36,6 +38,14 @@ def delicate(step: StepGraph, low: torch.dtype) -> set[Node]:
 
 
 def _follows(node: Node) -> bool:
-    is_forward = node.op == "call_function" and phase(node) is Phase.FORWARD
-    follows = colour_of(node.target) in (Colour.FOLLOW, Colour.WIDEST)
-    return is_forward and follows and is_float(node) and op_name(node.target) != "embedding"
+    if node.op != "call_function" or phase(node) is not Phase.FORWARD or not is_float(node):
+        return False
+    name = op_name(node.target)
+    follows = colour_of(node.target) in (Colour.FOLLOW, Colour.WIDEST) or name in POINTWISE_HIGH
+    return follows and name not in ("embedding", "_to_copy")
+
+
+def _is_square(node: Node) -> bool:
+    """Whether a value is multiplied by itself: half of float16's range is not enough for a sum of these."""
+    first, *others = node.args
+    return op_name(node.target) in ("square", "mul") and is_float(first) and all(o is first for o in others)

@@ -66,7 +66,14 @@ _NUMBER_AT = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
 _SAME_NUMBER = VIEWS | frozenset("lift_fresh_copy _to_copy clone".split())
 
 # Functions that are infinite at zero: what they read keeps float32's digits (1 - p, an epsilon).
-LOGARITHMS = frozenset("log log1p log2 log10 logit xlogy".split())
+LOGARITHMS = frozenset(
+    "log log1p log2 log10 logit xlogy special_entr atanh erfinv logaddexp binary_cross_entropy".split()
+)
+# Functions of single elements in HIGH, which arithmetic goes through.
+POINTWISE_HIGH = frozenset(
+    "exp expm1 exp2 pow float_power reciprocal rsqrt erf erfc tan acos asin atan sinh cosh asinh acosh sin cos "
+    "softplus log log1p log2 log10".split()
+)
 
 _LOW = """
 mm addmm bmm baddbmm mv addmv addr addbmm linear _addmm_activation convolution convolution_backward
@@ -249,7 +256,7 @@ def _numbers(node: Node) -> list[float]:
 def _is_number(kind: torch._C.JitType) -> bool:
     if isinstance(kind, torch._C.OptionalType):
         kind = kind.getElementType()
-    return kind.kind() in ("NumberType", "FloatType")
+    return kind.kind() in ("NumberType", "FloatType", "TensorType")  # add.Tensor(x, 1e-8): a number as tensor
 
 
 def _constant(node: Node, user: str) -> object:
