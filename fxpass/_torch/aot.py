@@ -49,8 +49,19 @@ def trace(
     own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False)
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
-    with own, torch.backends.mkldnn.flags(enabled=False):
+    with own, _without_onednn():
         return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """``torch.backends.mkldnn.flags(enabled=False)`` without its look at TF32, which warns the user."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

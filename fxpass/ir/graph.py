@@ -105,6 +105,10 @@ class StepGraph:
         found = {n.args[2]: n for n in self.graph.nodes if n.target is MARK and n.args[1] == role}
         return [found[index] for index in sorted(found)]
 
+    def inputs(self) -> Iterator[Node]:
+        """The placeholders, in order."""
+        return (n for n in self.graph.nodes if n.op == "placeholder")
+
     def nodes(self) -> Iterator[Node]:
         """The computing nodes, in order."""
         return (n for n in self.graph.nodes if n.op == "call_function")
