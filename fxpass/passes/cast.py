@@ -36,6 +36,8 @@ aten = torch.ops.aten
 Choice = Callable[[Node, str], "torch.dtype | None"]
 Caster = Callable[[Node, Node, torch.dtype, str], Node]
 MASKS = ("attn_mask", "attn_bias")
+# Of the norms' backwards: where the weight stands among the arguments, and where its shape does.
+WEIGHT_OF = {"native_layer_norm_backward": (5, 2), "native_group_norm_backward": (4, 6)}
 MASKED = -1  # where the memo has a segment for weights
 
 
@@ -102,6 +104,7 @@ class _Caster:
     def _visit(self, node: Node) -> None:
         if node.target is operator.getitem:
             self.edit.refresh(node)
+            self._settle(node)
             return
         floats = [n for n in node.all_input_nodes if is_float(n)]
         if not floats or _drop_if_idle(node, self.edit):
@@ -181,12 +184,7 @@ class _Caster:
         elif colour is Colour.HIGH:
             self._cast_args(node, lambda *_: torch.float32, f"{name} runs in float32")
         elif colour is Colour.NORM:
-            dtype = input_dtype(node)
-            self._cast_args(
-                node,
-                lambda _, arg: dtype if arg in ACTIVATIONS else torch.float32,
-                f"{name} follows its input; statistics stay float32",
-            )
+            self._apply_norm(node, name)
         elif colour is Colour.BACKWARD_FOLLOW:
             saved = next((n for n in node.args[1:] if is_float(n)), node.args[0])
             self._cast_args(node, lambda *_: tensor(saved).dtype, f"{name} follows what forward saved")
@@ -196,6 +194,49 @@ class _Caster:
             self._cast_args(node, lambda *_: widest, f"{name} needs one dtype")
         if name in ("_softmax_backward_data", "_log_softmax_backward_data"):
             self._set_input_dtype(node)
+
+    def _apply_norm(self, node: Node, name: str) -> None:
+        dtype = input_dtype(node)
+        self._cast_args(
+            node,
+            lambda _, arg: dtype if arg in ACTIVATIONS else torch.float32,
+            f"{name} follows its input; statistics stay float32",
+        )
+        if dtype is torch.float32:
+            return
+        if name in WEIGHT_OF and node.args[WEIGHT_OF[name][0]] is None:
+            self._give_weight(node, *WEIGHT_OF[name])
+        if name == "_fused_rms_norm" and node.args[3] is None:  # would be that of the low dtype
+            self.edit.set_arg(node, 3, torch.finfo(torch.float32).eps)
+
+    def _give_weight(self, node: Node, weight: int, shape: int) -> None:
+        """Kernels take float32 statistics beside a low input only with a float32 weight."""
+        sizes = node.args[shape] if isinstance(node.args[shape], (list, tuple)) else [node.args[shape]]
+        device = tensor(node.args[0]).device
+        with self.edit.before(node):
+            ones = self.edit.call(
+                aten.full.default,
+                sizes,
+                1.0,
+                dtype=torch.float32,
+                device=device,
+                when=phase(node),
+                reason="float32 statistics ask for a float32 weight",
+            )
+        self.edit.set_arg(node, weight, ones)
+
+    def _settle(self, result: Node) -> None:
+        """Give an input gradient the dtype that the kernel writes, whatever its shape function says."""
+        norm = source(result)
+        if op_name(norm.target) != "native_group_norm_backward" or result.args[1] != 0:
+            return
+        dtype = input_dtype(norm)
+        if tensor(result).dtype == dtype or origin(next(iter(result.users), result)) is not None:
+            return
+        with self.edit.after(result):
+            reason = "the gradient of a norm's input has its dtype"
+            settled = self.edit.cast(result, dtype, when=phase(result), reason=reason)
+        self.edit.replace_uses(result, settled, keep=lambda user: user is settled)
 
     def _low(self, node: Node) -> torch.dtype:
         """The compute dtype, unless all is in another low one: the user's bfloat16 in a float16 step."""
