@@ -21,22 +21,29 @@ from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
 
-from ..errors import CaptureError
+from ..errors import FxpassError
+from .eager import running
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
 def trace(
-    gm: GraphModule, inputs: Sequence[Any], extras: Sequence[torch.Tensor], compiler: Compiler
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    extras: Sequence[torch.Tensor],
+    compiler: Compiler,
+    not_inference: FxpassError,
 ) -> Callable[..., Any]:
     """Hand ``gm`` as one ATen inference graph to ``compiler``; returns a callable of flat inputs.
 
     ``inputs`` are Dynamo's; ``extras`` are ours, with shapes that never change.
+
+    Raises:
+        FxpassError: ``not_inference``, if something still requires grad when the graph is over.
     """
 
     def refuse(*_: Any) -> Any:
-        hint = "return detached tensors, and update only inside torch.no_grad() or optimizer.step()"
-        raise CaptureError("the step's outputs or updates require grad after the step", hint=hint)
+        raise not_inference
 
     aot = aot_autograd(
         fw_compiler=refuse,
@@ -52,7 +59,7 @@ def trace(
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
     with own, _without_onednn():
-        return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
+        return running(aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)]))
 
 
 @contextlib.contextmanager
@@ -103,7 +110,7 @@ def python_values(truth: Callable[[torch.Tensor], bool]) -> Iterator[None]:
         yield
 
 
-def grad_with_forward_links(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
+def grad_with_forward_links(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """``torch.autograd.grad`` whose backward nodes carry the sequence number of their forward node.
 
     AOTAutograd sets this up for graphs it differentiates itself; in a step that
@@ -118,4 +125,4 @@ def grad_with_forward_links(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
         if t.grad_fn is not None
     ]
     setup_stacktrace_preservation_hooks(roots)
-    return torch.autograd.grad(outputs, inputs, **kwargs)
+    return torch.autograd.grad(outputs, inputs, *args, **kwargs)

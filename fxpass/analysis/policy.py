@@ -21,6 +21,8 @@ from math import frexp, inf, isnan, ldexp, log2, nan
 import torch
 from torch.fx import Node
 
+from ..ir.alias import VIEWS as VIEWS
+
 
 class Colour(str, Enum):
     """The precision rule of an operator."""
@@ -41,19 +43,6 @@ PINNED_ARGUMENTS = frozenset(
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})
 
-# Operators whose result shares its input's storage: RESHAPES all of it, VIEWS perhaps a part.
-RESHAPES = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze alias detach".split()
-)
-VIEWS = RESHAPES | frozenset("expand select slice split split_with_sizes unbind as_strided getitem".split())
-
-# Of these a small operand counts by its size beside values near 1; of products by itself.
-_SUMS = frozenset("add sub rsub".split())
-_PRODUCTS = frozenset("mul div".split())
-
-# Operators whose result is full of the number that their input is full of.
-_SAME_NUMBER = VIEWS | frozenset("lift_fresh_copy _to_copy clone".split())
-
 # Operators that add: a small operand counts by its size beside values near 1.
 SUMS = frozenset("add sub rsub".split())
 # Operators that bound their operand.
@@ -71,8 +60,8 @@ LOGARITHMS = frozenset(
 )
 # Functions of single elements in HIGH, which arithmetic goes through.
 POINTWISE_HIGH = frozenset(
-    "exp expm1 exp2 pow float_power reciprocal rsqrt erf erfc tan acos asin atan sinh cosh asinh acosh sin cos "
-    "softplus log log1p log2 log10".split()
+    "exp expm1 exp2 pow float_power reciprocal rsqrt erf erfc tan acos asin atan sinh cosh asinh acosh sin "
+    "cos softplus log log1p log2 log10".split()
 )
 
 _LOW = """
@@ -228,10 +217,11 @@ def has_number_lost(node: Node, low: torch.dtype) -> bool:
     """
     info, name = torch.finfo(low), op_name(node.target)
     smallest = info.eps / 2 if name in SUMS else info.tiny
-    whole = 0.0 if name in _PRODUCTS else 16.0
-    return any(
-        isnan(v) or 0 < abs(v) < smallest or (abs(v) < whole and v % 1 != 0 and _rounded(v, info.eps) % 1 == 0)
-        for v in _numbers(node)
+    numbers = _numbers(node)
+    if any(isnan(v) or 0 < abs(v) < smallest for v in numbers):
+        return True
+    return name not in _PRODUCTS and any(
+        abs(v) < 16 and v % 1 != 0 and _rounded(v, info.eps) % 1 == 0 for v in numbers
     )
 
 

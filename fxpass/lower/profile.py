@@ -28,7 +28,7 @@ from ..analysis.memory import (
 from ..ir.graph import StepGraph, phase
 from ..ir.sizes import storage_bytes
 
-ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "output")
+ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "after", "output")
 CUDA_BLOCK = 512  # bytes: the caching allocator rounds every request up to a multiple
 
 

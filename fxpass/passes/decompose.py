@@ -10,10 +10,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .. import _torch
-from ..analysis.nodes import is_cast, is_view
+from ..analysis.nodes import is_cast
 from ..analysis.policy import op_name
+from ..ir.alias import is_view
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, phase, source, tensor
+from ..ir.graph import Phase, StepGraph, is_float, phase, source, tensor
 from ..ir.marks import SEED
 from .base import GraphPass
 
@@ -77,7 +78,7 @@ def _keep_statistics(body: GraphModule) -> None:
             result = result.args[0]
         if isinstance(result, Node) and result.target is torch.ops.prims.convert_element_type.default:
             wide = source(result)
-            if tensor(wide).dtype is torch.float32 and tensor(result).dtype in (torch.float16, torch.bfloat16):
+            if tensor(wide).dtype is torch.float32 and is_float(result):
                 result.replace_all_uses_with(wide)
 
 
