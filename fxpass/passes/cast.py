@@ -26,7 +26,7 @@ from ..analysis.policy import (
     op_name,
     read_by_low_only,
 )
-from ..ir.alias import keeps_elements
+from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
@@ -284,43 +284,61 @@ class _Caster:
 
         A plain cast makes it -inf, and attention over a row of nothing else nan.
         """
-        key = (mask, dtype, MASKED)
-        if key not in self.memo:
-            call = partial(self.edit.call, when=phase(user), reason=reason)
-            is_view = op_name(mask.target) in VIEWS and is_float(mask.args[0])
-            base = self._cast_mask(user, source(mask), dtype, reason) if is_view else mask
-            with self.edit.before(user):
-                if is_view:  # of the cast: some kernels ask for the strides it has
-                    new = call(mask.target, base, *mask.args[1:])  # pyright: ignore[reportArgumentType]
-                else:
-                    finite = call(aten.clamp.default, mask, torch.finfo(dtype).min)
-                    infinite = call(aten.eq.Scalar, mask, -math.inf)
-                    wide = call(aten.where.ScalarSelf, infinite, -math.inf, finite)
-                    new = self.edit.cast(wide, dtype, when=phase(user), reason=reason)
-            self.memo[key] = new
-        return self.memo[key]
+        call = partial(self.edit.call, when=phase(user), reason=reason)
+        views: list[Node] = []
+        while (new := self.memo.get((mask, dtype, MASKED))) is None and is_view(mask) and is_float(mask.args[0]):
+            views.append(mask)
+            mask = source(mask)
+        with self.edit.before(user):
+            if new is None:
+                finite = call(aten.clamp.default, mask, torch.finfo(dtype).min)
+                infinite = call(aten.eq.Scalar, mask, -math.inf)
+                wide = call(aten.where.ScalarSelf, infinite, -math.inf, finite)
+                new = self.memo[mask, dtype, MASKED] = self.edit.cast(
+                    wide, dtype, when=phase(user), reason=reason
+                )
+            for view in reversed(views):  # of the cast: some kernels ask for the strides it has
+                new = self.memo[view, dtype, MASKED] = call(_target(view), new, *view.args[1:])
+        return new
 
     def _cast(self, user: Node, value: Node, dtype: torch.dtype, reason: str) -> Node:
         """``value`` in ``dtype`` before ``user``: what it was widened from, an earlier cast, or a new one."""
+        when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
+        views: list[Node] = []
+        while (new := self._at_hand(value, dtype)) is None:
+            if value in self.made_in and is_cast(value, dtype):
+                value, reason = source(value), "a weight's copy does not wait for backward"
+            elif self._is_cast_below(value, dtype):
+                views.append(value)
+                value = source(value)
+            else:
+                break
+        with self.edit.before(user):
+            if new is None:
+                new = self.edit.cast(value, dtype, when=when, reason=reason)
+                self.memo[self._key(value, dtype)] = new
+            for view in reversed(views):
+                new = self.edit.call(_target(view), new, *view.args[1:], when=when, reason=reason)
+                self.memo[self._key(view, dtype)] = new
+        return new
+
+    def _key(self, value: Node, dtype: torch.dtype) -> tuple[Node, torch.dtype, int | None]:
+        return value, dtype, self.segment if value in self.weights else None
+
+    def _at_hand(self, value: Node, dtype: torch.dtype) -> Node | None:
+        """``value`` in ``dtype``, if it has been cast already or is an exact copy of such a tensor."""
         if (narrow := widened_from(value)) is not None and tensor(narrow).dtype == dtype:
             return narrow
-        key = (value, dtype, self.segment if value in self.weights else None)
-        if key not in self.memo:
-            when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
-            if value in self.made_in and is_cast(value, dtype):
-                return self._cast(user, source(value), dtype, "a weight's copy does not wait for backward")
-            shared = value in self.weights or dtype == self.low
-            if keeps_elements(value) and shared and is_float(value.args[0]):
-                # an RNN transposes its weight at every time step, two products read a gradient in
-                # two shapes: cast it once, look at that
-                base = self._cast(user, source(value), dtype, reason)
-                with self.edit.before(user):
-                    new = self.edit.call(value.target, base, *value.args[1:], when=when, reason=reason)  # pyright: ignore[reportArgumentType]
-            else:
-                with self.edit.before(user):
-                    new = self.edit.cast(value, dtype, when=when, reason=reason)
-            self.memo[key] = new
-        return self.memo[key]
+        return self.memo.get(self._key(value, dtype))
+
+    def _is_cast_below(self, value: Node, dtype: torch.dtype) -> bool:
+        """Whether to cast what a view looks at, and look at that.
+
+        An RNN transposes its weight at every time step, two products read a
+        gradient in two shapes: one cast is enough.
+        """
+        shared = value in self.weights or dtype == self.low
+        return shared and keeps_elements(value) and is_float(value.args[0])
 
     def _refresh(self, node: Node) -> None:
         try:
@@ -335,6 +353,11 @@ class _Caster:
         for value in output.all_input_nodes:
             if self._changed(value):
                 output.replace_input_with(value, self._cast(output, value, self.original[value], reason))
+
+
+def _target(node: Node) -> Callable[..., object]:
+    assert callable(node.target), f"{node.name} is not a call"
+    return node.target
 
 
 def _drop_if_idle(node: Node, edit: Editor) -> bool:
