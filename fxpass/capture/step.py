@@ -23,6 +23,7 @@ from . import optim, optim_state, phases
 from .assumptions import Assumptions
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
+from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
 from .writes import hide_writes
 
@@ -192,6 +193,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
     """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
+    drop_tokens(gm.graph)
     phases.mark_backward(gm.graph)
     recompute_checkpoints(gm.graph)
     step = StepGraph(gm, outputs=captured.outputs)
