@@ -20,6 +20,7 @@ class Built:
     optimizers: list[Optimizer]
     extras: dict[str, Tensor | list[Tensor]]
     tainted: tuple[str, ...]  # extras that depend on gradients: a skipped step leaves them alone
+    exact: tuple[str, ...]  # extras that no dtype may round
     together: bool  # all optimizers read the gradients of the same backward
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tests.fuzz.reference import Call
+from tests.fuzz.reference import Run
 
 
 @dataclass(frozen=True)
@@ -29,46 +29,53 @@ TOLERANCES = {
 
 
 def difference(
-    ours: Call, theirs: Call, noisy: Sequence[Call], start: Mapping[str, Tensor], tolerance: Tolerance
+    number: int, ours: Run, theirs: Run, noisy: Sequence[Run], tolerance: Tolerance, exact: Sequence[str]
 ) -> str:
     """The first tensor that differs after a call, as text; empty if none does."""
-    for name, expected in theirs.state.items():
-        if name not in ours.state:
-            return f"{name} is missing"
-        seen = [call.state[name] for call in noisy if name in call.state]
-        if text := _differs(ours.state[name], expected, seen, start.get(name), tolerance):
+    mine, wanted = ours.calls[number], theirs.calls[number]
+    for name, expected in wanted.state.items():
+        if name not in mine.state:
+            return f"{name}: missing"
+        zero = torch.zeros_like(expected)
+        is_exact = name.removeprefix("extra ").rsplit(" ", 1)[0] in exact
+        runs = [r for r in noisy if name in r.calls[number].state and not (r.autocast and is_exact)]
+        others = [(r.calls[number].state[name], r.start.get(name, zero)) for r in runs]
+        own = TOLERANCES["float32"] if is_exact else tolerance
+        if text := _differs(mine.state[name], expected, theirs.start.get(name), others, own):
             return f"{name}: {text}"
-    if theirs.skipped:
+    if wanted.skipped:
         return ""  # a loss of inf or nan is whatever the compiler makes of it
-    if len(ours.outputs) != len(theirs.outputs):
-        return f"{len(ours.outputs)} outputs instead of {len(theirs.outputs)}"
-    for index, expected in enumerate(theirs.outputs):
-        seen = [call.outputs[index] for call in noisy]
-        if text := _differs(ours.outputs[index], expected, seen, None, tolerance):
+    if len(mine.outputs) != len(wanted.outputs):
+        return f"{len(mine.outputs)} outputs instead of {len(wanted.outputs)}"
+    for index, expected in enumerate(wanted.outputs):
+        others = [(r.calls[number].outputs[index], torch.zeros_like(expected)) for r in noisy]
+        if text := _differs(mine.outputs[index], expected, None, others, tolerance):
             return f"output {index}: {text}"
     return ""
 
 
-def _differs(ours: Tensor, theirs: Tensor, noisy: list[Tensor], start: Tensor | None, t: Tolerance) -> str:
+def _differs(
+    ours: Tensor, theirs: Tensor, start: Tensor | None, noisy: list[tuple[Tensor, Tensor]], t: Tolerance
+) -> str:
     if ours.shape != theirs.shape:
         return f"shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
     finite = theirs.isfinite()
-    for other in noisy:
+    for other, _ in noisy:
         finite = finite & other.isfinite()
     odd = finite & ~ours.isfinite()
     if odd.any():
         return f"{ours[odd][0].item()} where eager has {theirs[odd][0].item():.6g}"
-    if (~theirs.isfinite() & ours.isfinite()).any() and all(
-        torch.equal(other.isfinite(), theirs.isfinite()) for other in noisy
-    ):
+    sure = all(torch.equal(other.isfinite(), theirs.isfinite()) for other, _ in noisy)
+    if sure and (~theirs.isfinite() & ours.isfinite()).any():
         return f"finite where eager is not: {ours.tolist()} instead of {theirs.tolist()}"
-    a, b = ours[finite], theirs[finite]
-    spread = max([float((other[finite] - b).norm()) for other in noisy], default=0.0)
-    allowed = t.relative * float(b.norm()) + t.factor * spread + 1e-9
-    error = float((a - b).norm())
-    if start is not None and t.relative > 1e-4:  # in half precision a parameter's change says more than it
-        moved = float((b - start[finite]).norm())
-        allowed = min(allowed, t.change * moved + t.factor * spread + 1e-6 * float(b.norm()))
+    begin = torch.zeros_like(theirs) if start is None else start
+    moved = (theirs - begin)[finite]
+    spread = max([float(((other - origin)[finite] - moved).norm()) for other, origin in noisy], default=0.0)
+    size, error = float(theirs[finite].norm()), float((ours - theirs)[finite].norm())
+    allowed = t.relative * size
+    if start is not None and t.relative > 1e-4:  # in half precision a change says more than a value
+        allowed = min(allowed, t.change * float(moved.norm()) + 1e-6 * size)
+    allowed += t.factor * spread + 1e-9
     if error <= allowed:
         return ""
-    return f"differs by {error:.3g} of {float(b.norm()):.3g}, allowed {allowed:.3g} (noise {spread:.3g})"
+    return f"differs by {error:.3g} of {size:.3g}, allowed {allowed:.3g} (noise {spread:.3g})"

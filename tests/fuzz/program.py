@@ -32,16 +32,7 @@ CALLS = $calls
 REFUSABLE = $refusable
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        $init
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        $body
-        return self.head(h)
-
+$model
 
 def inputs(call):
     rows = $rows
@@ -54,7 +45,7 @@ def inputs(call):
 
 def build(compile):
     torch.manual_seed(0)
-    model = Model()
+    model = $make
     params = list(model.parameters())
     models, optimizers, extras = [model], [], {}
     probe = inputs(0)[0]
@@ -69,13 +60,25 @@ def build(compile):
     def before(call):
         $before
 
-    return Built(step, before, models, optimizers, extras, tainted=$tainted, together=$together)
+    return Built(step, before, models, optimizers, extras, tainted=$tainted, exact=$exact, together=$together)
 
 
 if __name__ == "__main__":
     from tests.fuzz.run import main
 
     main(globals())
+''')
+_MODEL = Template('''\
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        $init
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        $body
+        return self.head(h)
+
 ''')
 _INPUTS = {
     "floats": "torch.randn(rows, 4, generator=draw)",
@@ -104,8 +107,8 @@ def source(program: Program) -> str:
         ),
         "calls": str(calls),
         "refusable": str(program.refusable),
-        "init": model.init,
-        "body": _lines(word.code for word in [model, *program.of("trick")]),
+        "model": "" if model.whole else _model(program, model),
+        "make": model.whole.replace("\n", "\n    ") or "Model()",
         "rows": next((f"{w.code}[call % {w.code.count(',') + 1}]" for w in program.of("size")), "4"),
         "x": _INPUTS[model.inputs],
         "poison": _poison(overflow, model.inputs),
@@ -114,6 +117,7 @@ def source(program: Program) -> str:
         "ready": _lines(word.ready for word in every),
         "step": _step(program, form),
         "before": _lines(word.before for word in every) or "pass",
+        "exact": repr(tuple(name for word in every for name in word.exact)),
         "tainted": repr(tuple(name for word in every for name in word.tainted)),
         "together": str(form.name == "two optimizers"),
     }
@@ -129,6 +133,11 @@ def load(text: str) -> ModuleType:
     module.__file__ = file
     exec(compile(text, file, "exec"), vars(module))
     return module
+
+
+def _model(program: Program, model: Word) -> str:
+    body = _lines(word.code for word in [model, *program.of("trick")])
+    return _fill(_MODEL, {"init": model.init, "body": body})
 
 
 def _options(program: Program) -> list[Word]:
@@ -148,7 +157,7 @@ def _step(program: Program, form: Word) -> str:
     holes = {
         "loss": "out = model(x)\n" + program.one("loss").code,
         "edit": _lines(word.code for word in program.of("edit")),
-        "after": _lines(word.code for word in program.of("after")),
+        "after": _lines([*(w.behind for _, w in program.chosen), *(w.code for w in program.of("after"))]),
         "result": program.one("result").code,
     }
     return _fill(Template(form.code), holes)

@@ -26,6 +26,15 @@ class Call:
     largest: float = 0.0  # magnitude of the gradients that the optimizers read
 
 
+@dataclass
+class Run:
+    """All calls of a program, and what there was before them."""
+
+    start: dict[str, Tensor]
+    calls: list[Call]
+    autocast: bool = False
+
+
 class Eager:
     """Runs a program's own step, with ``optimizer.step`` guarded.
 

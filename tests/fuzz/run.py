@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 import fxpass
 from tests.fuzz.compare import TOLERANCES, difference
 from tests.fuzz.program import load
-from tests.fuzz.reference import Call, Eager, gradients, outputs_of, perturb, scales
+from tests.fuzz.reference import Call, Eager, Run, gradients, outputs_of, perturb, scales
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def _compare(program: Mapping[str, Any]) -> None:
     options = program["OPTIONS"]
     dtype = options.get("dtype", "float16")
     tolerance = TOLERANCES[dtype]
-    start, ours, scale = _compiled(program)
-    theirs = _eager(program, 0.0, None if dtype == "float32" else [c.skipped for c in ours])
-    skipped = [call.skipped for call in theirs]
+    exact, ours, scale = _compiled(program)
+    theirs = _eager(program, 0.0, None if dtype == "float32" else [c.skipped for c in ours.calls])
+    skipped = [call.skipped for call in theirs.calls]
     noisy = [_eager(program, tolerance.noise, skipped, seed) for seed in (1, 2)]
     if dtype != "float32":
         noisy += _autocast(program, getattr(torch, dtype), skipped)
-    for number, (mine, wanted) in enumerate(zip(ours, theirs, strict=True)):
+    for number, (mine, wanted) in enumerate(zip(ours.calls, theirs.calls, strict=True)):
         _check_verdict(number, mine, wanted, scale[number], dtype)
-        text = difference(mine, wanted, [run[number] for run in noisy], start, tolerance)
+        text = difference(number, ours, theirs, noisy, tolerance, exact)
         if text:
             raise Wrong(f"differs from eager: {text.split(':')[0]}", f"after call {number}: {text}")
     policy = options.get("loss_scale")
@@ -102,11 +102,11 @@ def _compare(program: Mapping[str, Any]) -> None:
             raise Wrong("another loss scale than GradScaler's", f"{scale[1:]} instead of {wanted}")
 
 
-def _autocast(program: Mapping[str, Any], dtype: torch.dtype, verdicts: list[bool]) -> list[list[Call]]:
+def _autocast(program: Mapping[str, Any], dtype: torch.dtype, verdicts: list[bool]) -> list[Run]:
     """A run under torch.amp: gradients that cancel are noise in half precision, whatever the parameters."""
     try:
         with torch.autocast("cpu", dtype):
-            return [_eager(program, 0.0, verdicts)]
+            return [replace(_eager(program, 0.0, verdicts), autocast=True)]
     except RuntimeError:  # an operator that autocast lets see two dtypes
         return []
 
@@ -120,7 +120,7 @@ def _check_verdict(number: int, ours: Call, theirs: Call, scale: float, dtype: s
         raise Wrong("skipped without an overflow", f"call {number}, largest gradient {theirs.largest:.3g}")
 
 
-def _compiled(program: Mapping[str, Any]) -> tuple[dict[str, Any], list[Call], list[float]]:
+def _compiled(program: Mapping[str, Any]) -> tuple[tuple[str, ...], Run, list[float]]:
     mp = fxpass.MixedPrecision(**program["OPTIONS"])
     built = program["build"](lambda f: torch.compile(f, backend=mp))
     start = built.snapshot()
@@ -135,14 +135,13 @@ def _compiled(program: Mapping[str, Any]) -> tuple[dict[str, Any], list[Call], l
         scale.append(after.scale)
         if after.steps != number + 1:
             raise Wrong("calls are not counted", f"{after.steps} steps counted in {number + 1} calls")
-    return start, calls, scale
+    return built.exact, Run(start, calls), scale
 
 
-def _eager(
-    program: Mapping[str, Any], noise: float, verdicts: list[bool] | None, seed: int = 0
-) -> list[Call]:
+def _eager(program: Mapping[str, Any], noise: float, verdicts: list[bool] | None, seed: int = 0) -> Run:
     built = program["build"](lambda f: f)
     if noise:
         perturb(built, noise, seed)
+    start = built.snapshot()
     eager = Eager(built, program["OPTIONS"], verdicts)
-    return [eager.call(program["inputs"](number)) for number in range(program["CALLS"])]
+    return Run(start, [eager.call(program["inputs"](number)) for number in range(program["CALLS"])])

@@ -12,12 +12,15 @@ class Word:
     name: str
     code: str = ""  # fills the hole that the word was drawn for
     init: str = ""  # lines of Model.__init__
+    whole: str = ""  # the model as an expression, instead of a class
     setup: str = ""  # lines of build(), behind the model
+    behind: str = ""  # lines of the step, after the update
     ready: str = ""  # lines of build(), behind the optimizer
     before: str = ""  # lines that the host runs before each call of the step; `call` counts from 0
     preamble: str = ""  # lines of the module
     inputs: str = "floats"  # what the model takes: floats, tokens, tokens32, sequence or image
     tainted: tuple[str, ...] = ()  # names in `extras` whose value depends on a gradient
+    exact: tuple[str, ...] = ()  # names in `extras` that no dtype may round
     clashes: tuple[str, ...] = ()  # names of words, or of their kinds, that it cannot stand beside
     likes: tuple[str, ...] = ()  # names of words that it is often drawn with: together they find faults
     refusable: bool = False  # an FxpassError is a right answer
@@ -31,6 +34,13 @@ MODELS = (
         init="self.first = nn.Linear(4, 5)\nself.second = nn.Linear(5, 4)",
         code="h = self.second(torch.relu(self.first(x)))",
         weight=3,
+    ),
+    Word(
+        "sequential",
+        whole="nn.Sequential()\nmodel.first = nn.Linear(4, 4)\nmodel.tanh = nn.Tanh()\nmodel.head = nn.Linear(4, 3)",
+        clashes=("trick",),
+        likes=("print in a loop", "item in a loop", "disabled callee"),
+        weight=2,
     ),
     Word(
         "three equal layers",
@@ -439,6 +449,22 @@ EDITS = (
     Word("normalised gradient", code=_EACH + "p.grad.div_(p.grad.norm() + 1e-3)"),
     Word("centralised", code=_EACH + "p.grad.sub_(p.grad.mean(dim=0, keepdim=True) if p.ndim > 1 else 0.0)"),
     Word("shifted", code=_EACH + "p.grad.add_(torch.full_like(p.grad, 0.01))"),
+    Word(
+        "diagonal kept for later",
+        setup='line = extras["line"] = torch.zeros(3)',
+        code="seen = model.head.weight.detach().diagonal()\nold = seen.sum()",
+        behind="line.copy_(seen + old)",
+    ),
+    Word(
+        "unfolded for later",
+        setup='line = extras["line"] = torch.zeros(3)',
+        code="old = model.head.weight.detach().unfold(1, 2, 2).sum((1, 2))",
+        behind="line.copy_(old)",
+    ),
+    Word(
+        "diagonal of another weight",
+        code="if params[0].grad is not None:\n    params[0].grad.add_(0.1 * model.head.weight.detach().diagonal().sum())",
+    ),
     Word("replaced", code=_EACH + "p.grad = p.grad.clone() * 0.9"),
     Word(
         "gain that overflows",
@@ -533,6 +559,14 @@ AFTER = (
         clashes=("overflow",),
     ),
     Word(
+        "rotated there and back",
+        setup="rotation = torch.linalg.qr(torch.randn(4, 4))[0]\n"
+        'frame = extras["frame"] = torch.zeros(3, 4)',
+        code="with torch.no_grad():\n    weight = model.head.weight\n"
+        "    frame.copy_(1.0 + weight @ rotation @ rotation.t() - weight)",
+        exact=("frame",),
+    ),
+    Word(
         "clamped",
         code="with torch.no_grad():\n    model.head.weight.clamp_(-0.4, 0.4)",
         clashes=("overflow",),
@@ -601,7 +635,7 @@ class Lion(torch.optim.Optimizer):
 """
 _NEIGHBOUR = '''
 class Neighbour(torch.optim.Optimizer):
-    """Every parameter is drawn towards the mean that the one before it had before this step."""
+    """Every parameter is drawn to where the next one of its shape was."""
 
     def __init__(self, params, lr=0.01):
         super().__init__(params, {"lr": lr})
@@ -610,9 +644,10 @@ class Neighbour(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            means = [p.mean() for p in params]
+            olds = [p.clone() for p in params]
             for i, p in enumerate(params):
-                p.add_(p.grad + 0.1 * means[i - 1], alpha=-group["lr"])
+                near = next((old for old in olds[i + 1 :] + olds if old.shape == p.shape), p)
+                p.add_(p.grad + 0.1 * near, alpha=-group["lr"])
 '''
 _AVERAGING = '''
 class Averaging(torch.optim.Optimizer):
@@ -696,7 +731,7 @@ PARAMS = (
     ),
     Word(
         "groups, one frozen by lr 0",
-        code='[{"params": params[:-1]}, {"params": params[-1:], "lr": 0.0}]',
+        code='[{"params": params[1:]}, {"params": params[:1], "lr": 0.0}]',
     ),
 )
 
