@@ -21,6 +21,7 @@ from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
+from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.text import to_text
 from .look import DryRunEnd, Look, current_look, looking
@@ -43,9 +44,14 @@ class StepState:
     graphs: list[GraphRecord] = field(default_factory=list)
     watches: list[Watch] = field(default_factory=list)  # one per graph that trains
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
+    compilations: checks.Compilations = field(default_factory=checks.Compilations)
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.scaler.loss_scale)
+
+    def uncompiled(self, where: str) -> CaptureError:
+        """The error for a backward at ``where`` that is about to run uncompiled."""
+        return checks.uncompiled(self.last_break, where)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; what was seen of the gradients before is forgotten."""
@@ -89,6 +95,8 @@ def compile_frame(
     checks.check_frame(gm, record, state.last_break)
     if not checks.computes(gm):
         return gm.forward
+    if record.events:
+        state.compilations.note(record)
     undo: list[Callable[[], None]] = []
     try:
         for event in record.events:
@@ -131,7 +139,8 @@ class _Compilation:
         extras = [scaler.tensors[name] for name in scaler.fields] if events else []
         extras += [self.watch.table, self.watch.report] if self.watch is not None else []
         extras += [t for b in self.bindings for t in b.inputs(device)]
-        call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner)
+        not_inference = checks.still_requires_grad(self.record, self.state.last_break)
+        call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner, not_inference)
         return CompiledStep(
             call,
             scaler,

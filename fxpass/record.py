@@ -35,6 +35,8 @@ class GraphRecord:
 
     def memory_summary(self) -> str:
         """The peak, the peak of each phase, and the five largest tensors at the peak."""
+        if self.memory.missing:
+            return f"no memory profile: {self.memory.missing}"
         peak = self.memory.peak
         lines = [
             f"peak {peak.bytes:,} bytes at {peak.moment.name} ({peak.moment.phase}): {self.memory.expression}"
@@ -43,6 +45,8 @@ class GraphRecord:
             if (found := self.memory.peak_of(phase)) is not None:
                 lines.append(f"  {phase:<9}{found.bytes:>16,}  at {found.moment.name}")
         lines += [f"  {t.bytes:>25,}  {t.name} ({t.role}) {t.where}".rstrip() for t in peak.live[:5]]
+        if self.memory.unsized:
+            lines.append(f"  not counted, their sizes depend on data: {', '.join(self.memory.unsized)}")
         return "\n".join(lines)
 
     def print(self) -> None:

@@ -13,10 +13,12 @@ from .fake import has_cuda as has_cuda
 from .fake import is_fake as is_fake
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
+from .handles import is_argument as is_argument
 from .handles import source_name as source_name
 from .inductor import Compiled as Compiled
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition
 from .inductor import mode_settings as mode_settings
+from .optimizer import get_value as get_value
 from .record import FrameRecord as FrameRecord

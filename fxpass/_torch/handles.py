@@ -48,3 +48,13 @@ def source_name(node: Node) -> str:
     name = str(source.name() if callable(source.name) else source.name)
     parts = [next(g for g in m.groups() if g is not None) for m in _ACCESS.finditer(name)]
     return ".".join(parts) or name
+
+
+def is_argument(node: Node) -> bool:
+    """Whether a Dynamo input is data given to the compiled function: no parameter or buffer of a module."""
+    source = getattr(node, "_dynamo_source", None)
+    name = str(source.name() if callable(getattr(source, "name", "")) else getattr(source, "name", ""))
+    while hasattr(source, "base"):
+        source = source.base
+    argument = getattr(source, "is_input", False) and not getattr(source, "is_derefed_cell_contents", False)
+    return bool(argument) and "._buffers[" not in name and "._parameters[" not in name

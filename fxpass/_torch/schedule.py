@@ -35,7 +35,7 @@ from torch.utils._ordered_set import OrderedSet
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py and fusion.py patch.
-FORMAT = "fxpass-program-2"
+FORMAT = "fxpass-program-3"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]
@@ -101,6 +101,7 @@ class Program:
     outputs: tuple[str, ...]
     lines: tuple[Line, ...]
     estimate: int  # bytes beyond the inputs, at the sizes of the example
+    error: str = ""  # why it could not be read
 
 
 EMPTY = Program((), (), (), 0)  # of a graph without anything to compute: Inductor makes no program
@@ -142,7 +143,7 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
         passes(self, is_inference)
         if recorder.program is None:
             start = time.perf_counter()
-            recorder.program = _read(self, recorder.scratch)
+            recorder.program = _read_or_not(self, recorder.scratch)
             recorder.seconds = time.perf_counter() - start
             if recorder.dry:
                 raise _Recorded
@@ -168,6 +169,14 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
 def program_of(compiled: Any) -> Program:
     """The program of what Inductor compiled under :func:`recording`, fresh or from its cache."""
     return getattr(compiled, ATTRIBUTE, EMPTY)
+
+
+def _read_or_not(wrapper: Any, scratch: Scratch) -> Program:
+    """The program; an empty one that says why, if it cannot be read: it is not worth a failed compilation."""
+    try:
+        return _read(wrapper, scratch)
+    except Exception as error:
+        return Program((), (), (), 0, f"{type(error).__name__}: {error}")
 
 
 def _read(wrapper: Any, scratch: Scratch) -> Program:

@@ -7,7 +7,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from .nodes import is_view, nbytes, size_hint
+from ..ir.alias import is_view
+from .nodes import nbytes, size_hint
 from .policy import op_name
 
 # Only the ratio matters: how many floating point operations take as long as moving one byte.

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.alias import view_of
 from ..ir.graph import Phase, Role, StepGraph, phase
 from ..ir.sizes import numel, storage_bytes
-
-aten = torch.ops.aten
 
 SCALER = "scaler"  # the loss scale, learning rates and what belongs to them
 ROLES = {
@@ -125,7 +124,7 @@ def _value(node: Node, values: Mapping[Node, Value], found: list[_Open], birth: 
         if isinstance(source, tuple) and isinstance(position, int):
             return source[position]
         return source
-    shared = aliased_argument(node)
+    shared = view_of(node)
     if shared is not None:
         result = node.meta.get("val")
         slot = values.get(shared)
@@ -143,39 +142,6 @@ def _value(node: Node, values: Mapping[Node, Value], found: list[_Open], birth: 
         return len(found) - 1
 
     return new(node.meta.get("val"), node.name)
-
-
-def aliased_argument(node: Node) -> Node | None:
-    """The argument whose storage the result shares, by the operator's schema; None if it is new."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    first = node.args[0] if node.args else None
-    if node.target is aten._unsafe_view.default:  # a view that hides it from autograd
-        return first if isinstance(first, Node) else None
-    if node.target is aten.reshape.default:
-        return first if isinstance(first, Node) and _views(first, node) else None
-    schema = node.target._schema
-    for result in schema.returns:
-        if result.alias_info is None:
-            continue
-        for position, argument in enumerate(schema.arguments):
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            info = argument.alias_info
-            if info is None or not isinstance(given, Node):
-                continue
-            # a list of views is written Tensor(a -> *) self -> Tensor(a)[], and keeps no name for the list
-            if info.before_set & result.alias_info.before_set or "*" in info.after_set:
-                return given
-    return None
-
-
-def _views(source: Node, node: Node) -> bool:
-    """Whether a reshape needs no copy."""
-    try:
-        source.meta["val"].view(node.meta["val"].shape)
-    except (RuntimeError, ValueError):  # the latter from fake tensors
-        return False
-    return True
 
 
 class _Roles:

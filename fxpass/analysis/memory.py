@@ -8,7 +8,7 @@ symbolic sizes answers for sizes it has never run with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.graph import Role, StepGraph
-from ..ir.sizes import expression
+from ..ir.sizes import expression, resolver
 from .liveness import Liveness, liveness
 from .scratch import scratch
 
@@ -56,7 +56,7 @@ class LiveTensor:
     shape: str
     where: str  # line of the user's code, "file.py:12"; "" if unknown
     size: sympy.Expr  # bytes
-    bytes: int  # size at the sizes of this profile
+    bytes: int  # size at the sizes of this profile; 0 if it is not known
     birth: int  # -1: there before the step
     death: int  # number of moments: there after it
 
@@ -84,6 +84,8 @@ class MemoryProfile:
     values: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     estimate: int = 0  # Inductor's own, bytes beyond the inputs; 0 if it did not say
+    unsized: tuple[str, ...] = ()  # what has a size nobody knows (it depends on data): counted as 0 bytes
+    missing: str = ""  # why there is no profile at all: the step runs all the same
 
     def live(self, moment: int) -> list[LiveTensor]:
         """What is alive at a moment, largest first."""
@@ -168,11 +170,8 @@ class MemoryProfile:
             KeyError: no such symbolic size; says which there are.
         """
         values = {**self.values, **{self._symbol(name): size for name, size in sizes.items()}}
-        known: dict[sympy.Expr, int] = {}
-        for size in {t.size for t in self.tensors}:
-            known[size] = evaluate(size, values)
-        tensors = tuple(replace(t, bytes=known[t.size]) for t in self.tensors)
-        return replace(self, tensors=tensors, values=values)
+        tensors, unsized = sized(self.tensors, values, lambda size: size)
+        return replace(self, tensors=tensors, values=values, unsized=unsized)
 
     def _symbol(self, name: str) -> str:
         if name in self.values:
@@ -218,43 +217,86 @@ class MemoryProfile:
         }
 
 
-def evaluate(size: sympy.Expr, values: Mapping[str, int]) -> int:
-    """``size`` in bytes where each symbol has the value of its name."""
+def evaluate(size: sympy.Expr, values: Mapping[str, int]) -> int | None:
+    """``size`` in bytes where each symbol has the value of its name; None if one has none."""
     if not size.is_Integer:
+        if any(str(s) not in values for s in size.free_symbols):
+            return None
         size = size.subs({s: sympy.Integer(values[str(s)]) for s in size.free_symbols})
     return int(size)
 
 
-def symbol_values(step: StepGraph) -> tuple[dict[str, int], dict[str, str]]:
-    """The symbolic sizes among the inputs of ``step``: their example values, and where they come from."""
-    values: dict[str, int] = {}
-    sources: dict[str, str] = {}
-    for node in step.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        sizes = list(value.shape) if isinstance(value, Tensor) else [value]
-        for position, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt) and (symbol := expression(size)).is_Symbol:
-                values[str(symbol)] = size.node.hint
-                name = step.names.get(node) or node.name
-                if isinstance(value, Tensor) and ".shape" not in sources.get(str(symbol), ""):
-                    sources[str(symbol)] = f"{name}.shape[{position}]"
-                sources.setdefault(str(symbol), name)
-    return values, sources
+@dataclass
+class Symbols:
+    """The symbolic sizes among the inputs of a step.
+
+    ``values`` are those of the example, ``sources`` where each comes from. Both
+    are read anew at every use: lowering may still find that two sizes are equal.
+    """
+
+    inputs: list[tuple[str, Any]]  # the user's name of an input, its fake value
+
+    @classmethod
+    def of(cls, step: StepGraph) -> Symbols:
+        found = [(step.names.get(n) or n.name, n.meta.get("val")) for n in step.inputs()]
+        return cls([(name, v) for name, v in found if isinstance(v, (Tensor, torch.SymInt))])
+
+    @property
+    def resolve(self) -> Callable[[sympy.Expr], sympy.Expr]:
+        """Expressions in the symbols that are left: see :func:`~fxpass.ir.sizes.resolver`."""
+        return resolver(v for _, v in self.inputs)
+
+    def _sizes(self) -> Iterator[tuple[str, torch.SymInt, str]]:
+        for name, value in self.inputs:
+            sizes = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
+            for position, size in sizes:
+                if isinstance(size, torch.SymInt) and expression(size).is_Symbol:
+                    source = name if position is None else f"{name}.shape[{position}]"
+                    yield str(expression(size)), size, source
+
+    @property
+    def values(self) -> dict[str, int]:
+        return {symbol: size.node.hint for symbol, size, _ in self._sizes() if size.node.hint is not None}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for symbol, _, source in self._sizes():
+            if symbol not in found or (".shape" in source and ".shape" not in found[symbol]):
+                found[symbol] = source
+        return found
+
+
+def sized(
+    tensors: Iterable[LiveTensor], values: Mapping[str, int], resolve: Callable[[sympy.Expr], sympy.Expr]
+) -> tuple[tuple[LiveTensor, ...], tuple[str, ...]]:
+    """``tensors`` with their bytes at ``values``, and the names of those that cannot be sized."""
+    known: dict[sympy.Expr, tuple[sympy.Expr, int | None]] = {}
+    found, unsized = [], []
+    for t in tensors:
+        if t.size not in known:
+            size = t.size if t.size.is_Integer else resolve(t.size)
+            known[t.size] = size, evaluate(size, values)
+        size, count = known[t.size]
+        if count is None:
+            unsized.append(t.name)
+        found.append(replace(t, size=size, bytes=count or 0))
+    return tuple(found), tuple(unsized)
 
 
 def graph_profile(step: StepGraph) -> MemoryProfile:
     """The profile of ``step`` run node by node, as it is written."""
     alive = liveness(step)
     nodes = {n.name: n for n in step.graph.nodes}
-    values, sources = symbol_values(step)
+    symbols = Symbols.of(step)
     moments = tuple(Moment(i, n, p) for i, (n, p) in enumerate(zip(alive.nodes, alive.phases, strict=True)))
-    tensors = [*_tensors(alive, nodes, step, values), *_scratch(alive, nodes, values)]
-    return MemoryProfile(moments, tuple(tensors), parameter_count(step), values, sources)
+    found = [*_tensors(alive, nodes, step), *_scratch(alive, nodes)]
+    tensors, unsized = sized(found, symbols.values, symbols.resolve)
+    count = parameter_count(step)
+    return MemoryProfile(moments, tensors, count, symbols.values, symbols.sources, unsized=unsized)
 
 
-def _tensors(
-    alive: Liveness, nodes: Mapping[str, Node], step: StepGraph, values: Mapping[str, int]
-) -> Iterable[LiveTensor]:
+def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Iterable[LiveTensor]:
     for s in alive.storages:
         node = nodes[s.members[0]]
         value = node.meta["val"]
@@ -268,26 +310,24 @@ def _tensors(
             "x".join(map(str, tensor.shape)) or "scalar",
             user_line(node),
             s.size,
-            evaluate(s.size, values),
+            0,
             s.birth,
             s.death,
         )
 
 
-def _scratch(alive: Liveness, nodes: Mapping[str, Node], values: Mapping[str, int]) -> Iterable[LiveTensor]:
+def _scratch(alive: Liveness, nodes: Mapping[str, Node]) -> Iterable[LiveTensor]:
     for index, name in enumerate(alive.nodes):
         node = nodes[name]
         size = scratch(node)
         if size != 0:
-            yield scratch_tensor(name, name, alive.phases[index], size, evaluate(size, values), index)
+            yield scratch_tensor(name, name, alive.phases[index], size, index)
 
 
-def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, value: int, index: int) -> LiveTensor:
-    """What a library call allocates and frees inside."""
+def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, index: int) -> LiveTensor:
+    """What a library call allocates and frees inside; :func:`sized` fills in the bytes."""
     role = "temporary"
-    return LiveTensor(
-        f"scratch of {name}", node, role, phase, "uint8", str(size), "", size, value, index, index
-    )
+    return LiveTensor(f"scratch of {name}", node, role, phase, "uint8", str(size), "", size, 0, index, index)
 
 
 def parameter_count(step: StepGraph) -> int:

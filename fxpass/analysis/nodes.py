@@ -6,7 +6,6 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import is_float, source, tensor
-from .policy import VIEWS, op_name
 
 aten = torch.ops.aten
 LARGE = 4096  # bytes
@@ -58,17 +57,3 @@ def size_hint(size: int | torch.SymInt) -> int:
         hint = size.node.hint
         return 1 if hint is None else int(hint)
     return size
-
-
-def is_view(node: Node) -> bool:
-    """Whether the node's result shares its input's storage, or picks one of several results."""
-    return op_name(node.target) in VIEWS
-
-
-def storage_of(node: Node) -> Node:
-    """The value whose storage a chain of views looks at; a result of a multi-output kernel is its own."""
-    while is_view(node) and isinstance(node.args[0], Node):
-        if op_name(node.target) == "getitem" and op_name(node.args[0].target) not in VIEWS:
-            break
-        node = node.args[0]
-    return node

@@ -20,6 +20,8 @@ from enum import Enum
 import torch
 from torch.fx import Node
 
+from ..ir.alias import VIEWS as VIEWS
+
 
 class Colour(str, Enum):
     """The precision rule of an operator."""
@@ -39,12 +41,6 @@ PINNED_ARGUMENTS = frozenset(
 
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})
-
-# Operators whose result shares its input's storage: RESHAPES all of it, VIEWS perhaps a part.
-RESHAPES = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze alias detach".split()
-)
-VIEWS = RESHAPES | frozenset("expand select slice split split_with_sizes unbind as_strided getitem".split())
 
 _LOW = """
 mm addmm bmm baddbmm mv addmv addr addbmm linear _addmm_activation convolution convolution_backward

@@ -8,7 +8,6 @@ it into one ATen graph.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +18,11 @@ from torch.fx.traceback import annotate
 
 from .. import _torch
 from ..errors import CaptureError
-from ..ir.graph import Phase, Role, StepGraph, Update
-from ..ir.marks import GRAD, MARK, SEED
-from . import optim, optim_state
+from ..ir.graph import Role, StepGraph, Update
+from . import optim, optim_state, phases
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
+from .numbers import as_tensor, spell_out_numbers
 from .scalars import Comparison
 from .writes import hide_writes
 
@@ -52,7 +51,9 @@ class Captured:
     outputs: int
     extra_roles: list[tuple[Role, str]]
     first_extra: int
-    update_slots: list[tuple[int, str]] = field(default_factory=list)  # (event, placeholder) per UPDATE mark
+    data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
+    # per UPDATE mark: event, placeholder, placeholder of the parameter it belongs to
+    update_slots: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool) -> Captured:
@@ -72,6 +73,8 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     if record.events:
         for name in scaler_fields:
             inputs.add(Role.SCALER, name)
+    phases.declare(graph)
+    captured.data = [n.name for n in placeholders if phases.is_data(n)]
     for node in list(graph.nodes):
         if node.target is _torch.optimizer_step:
             _expand_optimizer(node, record, captured, inputs, by_name)
@@ -80,6 +83,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    spell_out_numbers(graph)
     hide_writes(graph)
     graph.lint()
     new_gm.recompile()
@@ -122,7 +126,11 @@ def _expand_optimizer(
     lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
     event = Event(found.live, places, fetched, len(lr), found.where, found.dynamic)
     first = len(captured.update_slots)
-    captured.update_slots += [(index, n.name) for n in (*params, *state)]
+    owners = dict(zip(places, params, strict=True))
+    captured.update_slots += [(index, n.name, n.name) for n in params]
+    captured.update_slots += [
+        (index, n.name, owners[k.group, k.position].name) for k, n in zip(keys, state, strict=True)
+    ]
     captured.parameters += [n for n in params if n not in captured.parameters]
     captured.events.append(event)
 
@@ -136,19 +144,8 @@ def _expand_optimizer(
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device
-    numbers = [_as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
+    numbers = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, lr, numbers)
-
-
-def _as_tensor(before: Node, number: Node, device: torch.device) -> Node:
-    """A symbolic float as a 0-d float64 tensor.
-
-    By a multiplication, since AOTAutograd replaces only arithmetic with symbolic
-    floats by tensors, and makes a constant of one that is used otherwise.
-    """
-    with before.graph.inserting_before(before):
-        one = before.graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": device})
-        return before.graph.call_function(torch.mul, (one, number))
 
 
 def _param_name(by_name: dict[str, Node], found: Any, key: optim_state.StateKey) -> str:
@@ -168,6 +165,9 @@ def _finish_outputs(
         if isinstance(value, Node) and value.name in record.consumed:
             with graph.inserting_before(output):
                 value = graph.call_method("detach", (value,))
+                value.meta["custom"] = {
+                    phases.STEPS: 0
+                }  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
     if keep_grads:
@@ -192,7 +192,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
     """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
-    _mark_backward(gm.graph)
+    phases.mark_backward(gm.graph)
     recompute_checkpoints(gm.graph)
     step = StepGraph(gm, outputs=captured.outputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -212,9 +212,9 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         step.names[node] = _user_name(name, names)
         if role is Role.SCALER:
             step.scaler[name] = node
-    for index, (event, name) in enumerate(captured.update_slots):
-        step.updates.append(Update(index, event, by_name[name]))
-    _set_phases(step)
+    for index, (event, name, owner) in enumerate(captured.update_slots):
+        step.updates.append(Update(index, event, by_name[name], by_name[owner]))
+    phases.set_phases(step, {by_name[name] for name in captured.data})
     return step
 
 
@@ -222,40 +222,3 @@ def _user_name(name: str, names: Mapping[str, str]) -> str:
     """``exp_avg[l_self_weight]`` with the user's name of the parameter in the brackets."""
     key, bracket, node = name.rstrip("]").partition("[")
     return f"{key}[{names.get(node, node)}]" if bracket else name
-
-
-def _mark_backward(graph: Graph) -> None:
-    """What was traced between a seed and the first gradient is backward; torch 2.11 does not say so."""
-    inside = False
-    for node in graph.nodes:
-        if node.target is MARK and node.args[1] in (SEED, GRAD):
-            inside = node.args[1] == SEED
-        elif inside:
-            node.meta["autograd_backward"] = True
-
-
-def _set_phases(step: StepGraph) -> None:
-    last_grad = None
-    for node in step.graph.nodes:
-        if node.target is MARK and node.args[1] == GRAD:
-            last_grad = node
-        node.meta["fxpass_phase"] = _phase(node, last_grad is not None)
-        if node.target is operator.getitem:
-            node.meta["fxpass_phase"] = node.args[0].meta["fxpass_phase"]
-
-
-def _phase(node: Node, after_backward: bool) -> Phase:
-    if node.op == "placeholder":
-        return Phase.INPUT
-    if node.op == "output" or node.target is torch.ops.aten.copy_.default:
-        return Phase.OUTPUT
-    if (node.meta.get("custom") or {}).get("fxpass") == "update":
-        return Phase.UPDATE
-    if node.meta.get("autograd_backward"):
-        return Phase.BACKWARD
-    if node.target is MARK:
-        return Phase.GRADIENT if node.args[1] != "seed" else Phase.BACKWARD
-    sources = [n.meta["fxpass_phase"] for n in node.all_input_nodes]
-    if after_backward and Phase.GRADIENT in sources:
-        return Phase.GRADIENT
-    return Phase.FORWARD

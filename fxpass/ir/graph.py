@@ -31,6 +31,7 @@ class Phase(str, Enum):
     CHECK = "check"  # inserted: norms, found_inf, clip coefficient
     UPDATE = "update"
     SCALE = "scale"  # inserted: the scale's own update
+    AFTER = "after"  # the user's code after the update, which no later backward or update of the step needs
     OUTPUT = "output"
 
 
@@ -54,11 +55,15 @@ class Origin:
 
 @dataclass
 class Update:
-    """One value an optimizer writes: UPDATE mark ``index`` replaces the input ``old``."""
+    """One value an optimizer writes: UPDATE mark ``index`` replaces the input ``old``.
+
+    ``owner`` is the parameter that ``old`` belongs to: itself, or the one whose state it is.
+    """
 
     index: int
     event: int
     old: Node
+    owner: Node
 
 
 @dataclass
@@ -104,6 +109,10 @@ class StepGraph:
         """The mark nodes of one role, in the order of their index."""
         found = {n.args[2]: n for n in self.graph.nodes if n.target is MARK and n.args[1] == role}
         return [found[index] for index in sorted(found)]
+
+    def inputs(self) -> Iterator[Node]:
+        """The placeholders, in order."""
+        return (n for n in self.graph.nodes if n.op == "placeholder")
 
     def nodes(self) -> Iterator[Node]:
         """The computing nodes, in order."""
@@ -152,6 +161,11 @@ def seed_losses(step: StepGraph) -> dict[Node, Node | None]:
 def phase(node: Node) -> Phase:
     """When in the step the node runs; capture and the editor keep it."""
     return node.meta["fxpass_phase"]
+
+
+def is_own(node: Node) -> bool:
+    """Whether the node makes a new value for a weight or buffer without autograd: in the user's precision."""
+    return bool(node.meta.get("fxpass_own"))
 
 
 def origin(node: Node) -> Origin | None:

@@ -15,22 +15,25 @@ from torch import Tensor
 SEED = "seed"  # the initial gradient of backward() number `index`
 GRAD = "grad"  # gradient number `index` as it leaves backward()
 READ = "read"  # gradient number `index` as an optimizer reads it
-UPDATE = "update"  # new value number `index` written by an optimizer
+OLD = "old"  # the value that UPDATE `index` replaces, as the optimizer finds it
+UPDATE = "update"  # new value number `index` written by an optimizer; carries the OLD one
+
+_SCHEMA = "(Tensor x, str role, int index, Tensor? old=None) -> Tensor"
 
 
-@torch.library.custom_op("fxpass::mark", mutates_args=())
-def _mark(x: Tensor, role: str, index: int) -> Tensor:
+@torch.library.custom_op("fxpass::mark", mutates_args=(), schema=_SCHEMA)
+def _mark(x: Tensor, role: str, index: int, old: Tensor | None = None) -> Tensor:
     return x.clone()
 
 
 @_mark.register_fake
-def _(x: Tensor, role: str, index: int) -> Tensor:
+def _(x: Tensor, role: str, index: int, old: Tensor | None = None) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 MARK = torch.ops.fxpass.mark.default
 
 
-def mark(x: Tensor, role: str, index: int) -> Tensor:
+def mark(x: Tensor, role: str, index: int, old: Tensor | None = None) -> Tensor:
     """The value of ``x`` (any shape and dtype), tagged with its role in the step."""
-    return MARK(x, role, index)
+    return MARK(x, role, index, old)

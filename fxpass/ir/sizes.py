@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import sympy
 import torch
@@ -12,6 +12,17 @@ from torch import Tensor
 def expression(size: int | torch.SymInt) -> sympy.Expr:
     """``size`` as sympy sees it."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def resolver(values: Iterable[object]) -> Callable[[sympy.Expr], sympy.Expr]:
+    """What turns a size into one of the symbols that are left.
+
+    While a step is traced and lowered, torch learns that sizes are equal and
+    replaces one symbol by another; expressions made before still hold the old one.
+    """
+    sizes = (s for v in values for s in (v.shape if isinstance(v, Tensor) else [v]))
+    env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    return (lambda size: size) if env is None else (lambda size: env.replace(size))
 
 
 def product(sizes: Iterable[int | torch.SymInt]) -> sympy.Expr:

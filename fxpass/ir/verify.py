@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..errors import VerifyError
+from .alias import hazards
 from .graph import Phase, StepGraph, phase, tensor
 
 aten = torch.ops.aten
@@ -20,14 +21,12 @@ def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> Non
 
     Every node has a value, a phase and, if inserted, an origin; nothing is used
     before it is computed; each input is written at most once; an optimizer's
-    value has the dtype of what it replaces; and each node in ``touched`` has
-    the value its inputs give.
+    value has the dtype of what it replaces; nothing reads a storage of the
+    user's after the write that ends its old value; and each node in ``touched``
+    has the value its inputs give.
     """
 
-    def fail(node: Node, what: str) -> VerifyError:
-        hint = "this is a bug of fxpass, please report it; verify=False runs the graph all the same"
-        return VerifyError(f"pass {pass_name!r} broke the graph at {node.format_node()}: {what}", hint=hint)
-
+    fail = failure(f"pass {pass_name!r}")
     seen: set[Node] = set()
     written: set[Node] = set()
     for node in step.graph.nodes:
@@ -38,9 +37,28 @@ def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> Non
         _check_metadata(node, fail)
         if node.target is aten.copy_.default:
             _check_write(node, written, fail)
+    check_hazards(step.graph, fail)
     for node in touched:
         if node.op == "call_function" and node in seen and phase(node) is not Phase.OUTPUT:
             _check_value(node, fail)
+
+
+def failure(who: str) -> Fail:
+    """Makes the error that says what ``who`` did to a node."""
+
+    def fail(node: Node, what: str) -> VerifyError:
+        hint = "this is a bug of fxpass, please report it; verify=False runs the graph all the same"
+        return VerifyError(f"{who} broke the graph at {node.format_node()}: {what}", hint=hint)
+
+    return fail
+
+
+def check_hazards(graph: Graph, fail: Fail) -> None:
+    """Raise unless every read of an input sees the value that the input had when the step began."""
+    for hazard in hazards(graph):
+        write = hazard.write
+        what = f"{hazard.value.name} looks at an input that {write.name} has overwritten before"
+        raise fail(hazard.reader, what)
 
 
 def _check_metadata(node: Node, fail: Fail) -> None:

@@ -60,7 +60,7 @@ def _lower(
         replace_half_gemms(step)
     if options.codegen == "eager":
         start = time.perf_counter()
-        memory = graph_profile(step)
+        memory = _or_missing(lambda: graph_profile(step))
         return Lowered(_eager(step), memory, time.perf_counter() - start)
     settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
@@ -109,9 +109,17 @@ def _lowered(
     facts: Facts, call: Callable[..., Any], compiled: list[_torch.Compiled], runs: Mapping[str, UnitRun]
 ) -> Lowered:
     start = time.perf_counter()
-    memory = program_profile(facts, compiled[0].program, runs)
+    memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))
     seconds = facts.seconds + sum(c.seconds for c in compiled) + time.perf_counter() - start
     return Lowered(call, memory, seconds)
+
+
+def _or_missing(profile: Callable[[], MemoryProfile]) -> MemoryProfile:
+    """A profile is for people to read: one that fails says why, and the step runs all the same."""
+    try:
+        return profile()
+    except Exception as error:  # whatever it is, it must not cost the user the step
+        return MemoryProfile((), (), 0, missing=f"{type(error).__name__}: {error}")
 
 
 def _renamed(compiled: Unit, unit: Unit) -> dict[str, str]:
@@ -121,6 +129,7 @@ def _renamed(compiled: Unit, unit: Unit) -> dict[str, str]:
 
 def _eager(step: StepGraph) -> Callable[..., Any]:
     step.gm.recompile()
+    _ = step.gm.code  # written now: until then forward is a call of the module, with everybody's hooks
     forward = step.gm.forward
 
     def run(inputs: list[Any]) -> Any:

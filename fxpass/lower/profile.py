@@ -19,16 +19,16 @@ from ..analysis.memory import (
     LiveTensor,
     MemoryProfile,
     Moment,
-    evaluate,
+    Symbols,
     parameter_count,
     scratch_tensor,
-    symbol_values,
+    sized,
     user_line,
 )
 from ..ir.graph import StepGraph, phase
 from ..ir.sizes import storage_bytes
 
-ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "output")
+ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "after", "output")
 CUDA_BLOCK = 512  # bytes: the caching allocator rounds every request up to a multiple
 
 
@@ -41,20 +41,26 @@ class Facts:
     lines: Mapping[str, str]
     inputs: tuple[LiveTensor, ...]
     parameters: int
-    values: Mapping[str, int]
-    sources: Mapping[str, str]
+    symbols: Symbols
     rounding: int
     seconds: float = 0.0  # spent on finding them
+    missing: str = ""  # why there are none
 
 
 def facts_of(step: StepGraph) -> Facts:
-    """The facts of a step graph that is about to be lowered."""
+    """The facts of a step graph that is about to be lowered; without any, it is lowered all the same."""
+    try:
+        return _facts_of(step)
+    except Exception as error:  # whatever it is: a profile is not worth a failed compilation
+        return Facts({}, {}, {}, (), 0, Symbols([]), 1, missing=f"{type(error).__name__}: {error}")
+
+
+def _facts_of(step: StepGraph) -> Facts:
     alive = liveness(step)
     roles = {member: s.role for s in alive.storages for member in s.members[::-1]}
-    values, sources = symbol_values(step)
     inputs = []
     storages = {s.name: s for s in alive.storages}
-    placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
+    placeholders = list(step.inputs())
     for node in placeholders:
         value = node.meta["val"]
         size = storage_bytes(value) if isinstance(value, Tensor) else sympy.Integer(0)
@@ -62,9 +68,7 @@ def facts_of(step: StepGraph) -> Facts:
         dtype = str(getattr(value, "dtype", "int")).removeprefix("torch.")
         shape = "x".join(map(str, getattr(value, "shape", ()))) or "scalar"
         name = step.names.get(node) or node.name
-        inputs.append(
-            LiveTensor(name, node.name, role, "input", dtype, shape, "", size, evaluate(size, values), -1, 0)
-        )
+        inputs.append(LiveTensor(name, node.name, role, "input", dtype, shape, "", size, 0, -1, 0))
     tensors = [n.meta["val"] for n in placeholders if isinstance(n.meta["val"], Tensor)]
     rounding = CUDA_BLOCK if any(t.device.type == "cuda" for t in tensors) else 1
     return Facts(
@@ -73,8 +77,7 @@ def facts_of(step: StepGraph) -> Facts:
         {n.name: user_line(n) for n in step.graph.nodes},
         tuple(inputs),
         parameter_count(step),
-        values,
-        sources,
+        Symbols.of(step),
         rounding,
     )
 
@@ -89,6 +92,9 @@ class UnitRun:
 
 def program_profile(facts: Facts, main: Program, units: Mapping[str, UnitRun]) -> MemoryProfile:
     """The profile of ``main``; ``units`` are what its calls of updates run, by the name of the call."""
+    programs = (main, *(unit.program for unit in units.values()))
+    if error := next((e for e in (facts.missing, *(p.error for p in programs)) if e), ""):
+        return MemoryProfile((), (), facts.parameters, missing=error)
     replay = _Replay(facts, units)
     replay.run(main, {})
     return replay.finish(main.estimate)
@@ -176,21 +182,17 @@ class _Replay:
         self.moments.append(Moment(index, line.kernel, self.phase))
         size = line.scratch
         if size != 0:
-            value = evaluate(size, self.facts.values)
             node = nodes[0] if nodes else ""
-            self.scratch.append(scratch_tensor(line.kernel, node, self.phase, size, value, index))
+            self.scratch.append(scratch_tensor(line.kernel, node, self.phase, size, index))
 
     def finish(self, estimate: int) -> MemoryProfile:
         facts, end = self.facts, len(self.moments)
         inputs = [replace(t, death=end) for t in facts.inputs]
-        tensors = [self.tensor(slot, end) for slot in self.slots]
+        found = [*inputs, *(self.tensor(slot, end) for slot in self.slots), *self.scratch]
+        values, sources = facts.symbols.values, facts.symbols.sources
+        tensors, unsized = sized(found, values, facts.symbols.resolve)
         return MemoryProfile(
-            tuple(self.moments),
-            (*inputs, *tensors, *self.scratch),
-            facts.parameters,
-            facts.values,
-            facts.sources,
-            estimate,
+            tuple(self.moments), tensors, facts.parameters, values, sources, estimate, unsized
         )
 
     def tensor(self, slot: _Slot, end: int) -> LiveTensor:
@@ -210,7 +212,7 @@ class _Replay:
             block.shape,
             facts.lines.get(block.node, ""),
             size,
-            evaluate(size, facts.values),
+            0,
             birth,
             death,
         )

@@ -17,7 +17,6 @@ from ..analysis.nodes import has_double, input_dtype, is_cast, widened_from
 from ..analysis.policy import (
     ACTIVATIONS,
     PINNED_ARGUMENTS,
-    RESHAPES,
     VIEWS,
     Colour,
     colour_of,
@@ -25,8 +24,9 @@ from ..analysis.policy import (
     op_name,
     read_by_low_only,
 )
+from ..ir.alias import keeps_elements
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Role, StepGraph, is_float, origin, phase, source, tensor
+from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
 
@@ -142,7 +142,8 @@ class _Caster:
 
     def _colour(self, node: Node) -> Colour | None:
         """The rule for a node; None if it has to run as in the uncompiled step."""
-        if node in self.kept or phase(node) in (Phase.GRADIENT, Phase.UPDATE) or has_double(node):
+        own = phase(node) in (Phase.GRADIENT, Phase.UPDATE, Phase.AFTER) or is_own(node)
+        if own or node in self.kept or has_double(node):
             return None
         colour = colour_of(node.target)
         if colour is None:
@@ -260,7 +261,7 @@ class _Caster:
             if value in self.made_in and is_cast(value, dtype):
                 return self._cast(user, source(value), dtype, "a weight's copy does not wait for backward")
             shared = value in self.weights or dtype == self.low
-            if op_name(value.target) in RESHAPES and shared and is_float(value.args[0]):
+            if keeps_elements(value) and shared and is_float(value.args[0]):
                 # an RNN transposes its weight at every time step, two products read a gradient in
                 # two shapes: cast it once, look at that
                 base = self._cast(user, source(value), dtype, reason)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.policy import VIEWS, op_name
 from ..analysis.updates import gradients_behind
+from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import GRAD, READ
@@ -114,7 +114,7 @@ def _born(step: StepGraph) -> dict[Node, int]:
     born = {}
     for mark in step.marks(GRAD):
         node = source(mark)
-        while node.op == "call_function" and op_name(node.target) in VIEWS | {"_to_copy"}:
+        while is_view(node) or node.target is aten._to_copy.default:
             node = source(node)
         born[mark] = order[node]
     return born

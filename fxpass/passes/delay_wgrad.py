@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch.fx import Node
 
 from ..analysis.cost import flops
-from ..analysis.nodes import is_view, nbytes, storage_of
+from ..analysis.nodes import nbytes
+from ..ir.alias import is_view, storage_of
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
 from .base import GraphPass

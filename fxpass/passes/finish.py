@@ -21,14 +21,15 @@ class Finish(GraphPass):
     """Replace every mark by its value and drop what is then dead.
 
     Functionalisation writes an in-place update as ``copy(old, new)``; where
-    both have one dtype and shape that is ``new``.
+    both have one dtype and shape that is ``new``. A tensor that the step writes
+    down stays behind its ``lift_fresh_copy``, which alone takes real data among fake values.
     """
 
     name: ClassVar[str] = "finish"
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         for node in list(step.graph.nodes):
-            if node.target is MARK or node.target in (aten.detach.default, aten.lift_fresh_copy.default):
+            if node.target is MARK or node.target is aten.detach.default:
                 _replace(edit, node, node.args[0])
             elif node.target is aten.copy.default and _same(node.args[0], node.args[1]):
                 _replace(edit, node, node.args[1])

@@ -11,7 +11,8 @@ import torch
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic, is_pointwise, seconds
-from ..analysis.nodes import is_large, is_view, nbytes, storage_of
+from ..analysis.nodes import is_large, nbytes
+from ..ir.alias import is_view, storage_of
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
 from .base import GraphPass

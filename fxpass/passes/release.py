@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.nodes import is_large, is_view
+from ..analysis.nodes import is_large
 from ..analysis.updates import update_groups
+from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from .base import GraphPass

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic
-from ..analysis.nodes import is_large, is_view
+from ..analysis.nodes import is_large
+from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import MARK, SEED

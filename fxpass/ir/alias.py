@@ -1,0 +1,188 @@
+"""One model of storage: which values may lie in the same memory, read off the operators' schemas.
+
+A schema says which results are views of which arguments and what is written in
+place. An operator without a schema may do either: its results are taken to lie
+in the storage of everything it reads. ``reshape``, ``contiguous`` and ``to``
+copy or do not, depending on strides: they may share, and :func:`view_of` looks
+at the values of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .marks import MARK
+
+aten = torch.ops.aten
+
+Storages = dict[Node, frozenset[Node]]
+
+
+def shared(node: Node) -> tuple[Node, ...]:
+    """The arguments in whose storage a result of ``node`` may lie."""
+    if node.op not in ("call_function", "call_module", "call_method"):
+        return ()
+    target = node.target
+    if target is operator.getitem or target in _IDENTITIES:
+        return tuple(n for n in node.args[:1] if isinstance(n, Node))
+    if isinstance(target, torch._ops.OpOverload):
+        return tuple(_arguments(node, target, _returned))
+    if isinstance(target, torch._ops.HigherOrderOperator) or not _holds_tensor(node.meta.get("val", ...)):
+        return ()  # a higher-order operator must not return what it was given
+    return tuple(node.all_input_nodes)
+
+
+def written(node: Node) -> tuple[Node, ...]:
+    """The arguments that ``node`` writes in place."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return ()
+    if not node.target._schema.is_mutable:
+        return ()
+    return tuple(_arguments(node, node.target, lambda schema, info: info.is_write))
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node only looks at its input's storage, or picks one of several results."""
+    known = node.target is operator.getitem or isinstance(node.target, torch._ops.OpOverload)
+    return known and node.target is not MARK and bool(shared(node)) and not written(node)
+
+
+def keeps_elements(node: Node) -> bool:
+    """Whether the node is a view of all elements of its input, whatever their strides are."""
+    if not is_view(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = {a.name for a in node.target._schema.arguments}
+    old, new = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None, node.meta.get("val")
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or "storage_offset" in arguments:
+        return False
+    return old.dtype == new.dtype and old.ndim + new.ndim > 0 and bool(old.numel() == new.numel())
+
+
+def view_of(node: Node) -> Node | None:
+    """The argument in whose storage the result does lie; None if it is a new one."""
+    found = shared(node)
+    if node.target is MARK or not isinstance(node.target, torch._ops.OpOverload) or not found:
+        return None
+    copies = {aten.reshape.default: _reshape_copies, aten.contiguous.default: _contiguous_copies}
+    return None if copies.get(node.target, _never)(found[0], node) else found[0]
+
+
+def storage_of(node: Node) -> Node:
+    """The value whose storage a chain of views looks at; a result of a multi-output kernel is its own."""
+    while is_view(node) and isinstance(node.args[0], Node):
+        if node.target is operator.getitem and not is_view(node.args[0]):
+            break
+        node = node.args[0]
+    return node
+
+
+def input_storages(graph: Graph) -> Storages:
+    """The inputs in whose storage each value may lie; values that lie in none are left out."""
+    found: Storages = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            found[node] = frozenset((node,))
+        elif not written(node):  # what a write returns is the new value
+            inputs = frozenset[Node]().union(*(found.get(n, ()) for n in shared(node)))
+            if inputs:
+                found[node] = inputs
+    return found
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """``reader`` reads ``value`` after ``write`` has replaced what it looks at."""
+
+    reader: Node
+    value: Node
+    write: Node
+
+
+def hazards(graph: Graph) -> Iterator[Hazard]:
+    """Reads of an input's storage after the write that ends its old value; linear in the graph's size.
+
+    What the graph returns is not a read: a view of an input that the step
+    updates shows the new value in the uncompiled step too.
+    """
+    lies = input_storages(graph)
+    ended: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            return
+        for value in node.all_input_nodes:
+            for base in lies.get(value, ()):
+                if base in ended:
+                    yield Hazard(node, value, ended[base])
+        for target in written(node):
+            for base in lies.get(target, ()):
+                ended.setdefault(base, node)
+
+
+_IDENTITIES = frozenset((MARK, aten._unsafe_view.default))  # views that the schema does not call so
+
+
+def _holds_tensor(value: object) -> bool:
+    """Whether a fake value is or holds a tensor; one that is not known may."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_tensor, value))
+    return value is ... or isinstance(value, Tensor)
+
+
+def _arguments(node: Node, target: torch._ops.OpOverload, wanted: Any) -> Iterator[Node]:
+    """The nodes given for the arguments whose alias annotation is ``wanted``."""
+    schema = target._schema
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not wanted(schema, argument.alias_info):
+            continue
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, Node):
+                yield value
+
+
+def _returned(schema: Any, info: Any) -> bool:
+    """Whether a result may be a view of the argument with this annotation."""
+    for result in schema.returns:
+        # a list of views is written Tensor(a -> *) self -> Tensor(a)[], and keeps no name for the list
+        if result.alias_info and (info.before_set & result.alias_info.before_set or "*" in info.after_set):
+            return True
+    return False
+
+
+def _is_view_schema(schema: Any) -> bool:
+    first = schema.arguments[0].alias_info
+    converts = any(a.name == "dtype" for a in schema.arguments)
+    return first is not None and not schema.is_mutable and not converts and _returned(schema, first)
+
+
+def _never(_: Node, __: Node) -> bool:
+    return False
+
+
+def _reshape_copies(source: Node, node: Node) -> bool:
+    try:
+        source.meta["val"].view(node.meta["val"].shape)
+    except (RuntimeError, ValueError):  # the latter from fake tensors
+        return True
+    return False
+
+
+def _contiguous_copies(source: Node, node: Node) -> bool:
+    memory_format = node.kwargs.get("memory_format", torch.contiguous_format)
+    return not source.meta["val"].is_contiguous(memory_format=memory_format)
+
+
+# Names of the operators that are views of their first argument, in its dtype; getitem picks one of several.
+VIEWS = frozenset(
+    schema.name.split("::")[-1]
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith(("aten::", "prims::"))
+    if schema.arguments and str(schema.arguments[0].type) == "Tensor" and _is_view_schema(schema)
+) | {"_unsafe_view", "getitem"}
