@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-from tests.fuzz import words
-from tests.fuzz.words import Word
+from tests.fuzz.words import around, models, optimizers, settings, steps, updates
+from tests.fuzz.words.word import Word
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Kind:
 
 
 KINDS = (
-    Kind("model", words.MODELS, (1.0,)),
-    Kind("form", words.FORMS, (1.0,)),
-    Kind("optimizer", words.OPTIMIZERS, (1.0,)),
-    Kind("loss", words.LOSSES, (1.0,)),
-    Kind("result", words.RESULTS, (1.0,)),
-    Kind("dtype", words.DTYPES, (1.0,)),
-    Kind("scale", words.SCALES, (0.4,)),
-    Kind("mode", words.MODES, (0.4, 0.1)),
-    Kind("edit", words.EDITS, (0.35, 0.05)),
-    Kind("overflow", words.OVERFLOWS, (0.25,)),
-    Kind("clip", words.CLIPS, (0.3,)),
-    Kind("size", words.SIZES, (0.25,)),
-    Kind("params", words.PARAMS, (0.35,)),
-    Kind("schedule", words.SCHEDULES, (0.4,)),
-    Kind("trick", words.TRICKS, (0.4, 0.1)),
-    Kind("after", words.AFTER, (0.3, 0.05)),
-    Kind("around", words.AROUND, (0.25, 0.05)),
+    Kind("model", models.MODELS, (1.0,)),
+    Kind("form", steps.FORMS, (1.0,)),
+    Kind("optimizer", optimizers.OPTIMIZERS, (1.0,)),
+    Kind("loss", steps.LOSSES, (1.0,)),
+    Kind("result", steps.RESULTS, (1.0,)),
+    Kind("dtype", settings.DTYPES, (1.0,)),
+    Kind("scale", settings.SCALES, (0.4,)),
+    Kind("mode", settings.MODES, (0.4, 0.1)),
+    Kind("edit", updates.EDITS, (0.35, 0.05)),
+    Kind("overflow", settings.OVERFLOWS, (0.25,)),
+    Kind("clip", settings.CLIPS, (0.3,)),
+    Kind("size", settings.SIZES, (0.25,)),
+    Kind("params", optimizers.PARAMS, (0.35,)),
+    Kind("schedule", optimizers.SCHEDULES, (0.4,)),
+    Kind("trick", models.TRICKS, (0.4, 0.1)),
+    Kind("after", updates.AFTER, (0.3, 0.05)),
+    Kind("around", around.AROUND, (0.25, 0.05)),
 )
 
 

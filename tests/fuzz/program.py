@@ -9,7 +9,7 @@ from string import Template
 from types import ModuleType
 
 from tests.fuzz.grammar import Program
-from tests.fuzz.words import Word
+from tests.fuzz.words.word import Word
 
 _SCRIPT = Template('''\
 """A program of the fuzzer: python this file, at the project's root.
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 
     main(globals())
 ''')
-_MODEL = Template('''\
+_MODEL = Template("""\
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ class Model(nn.Module):
         $body
         return self.head(h)
 
-''')
+""")
 _INPUTS = {
     "floats": "torch.randn(rows, 4, generator=draw)",
     "sequence": "torch.randn(rows, 5, 4, generator=draw)",

@@ -59,7 +59,7 @@ class Eager:
         built = self.built
         built.before(self.calls)
         self.bad, self.largest, self._coefficient = False, 0.0, None
-        old = _Saved(built)
+        old = Saved(built)
         outputs = outputs_of(built.step(*args))
         if self.bad and self.options.get("skip") != "tensor":
             old.restore()
@@ -143,7 +143,7 @@ class Eager:
             p.grad.mul_(self._coefficient)
 
 
-class _Saved:
+class Saved:
     """The values of all that a skipped step leaves alone."""
 
     def __init__(self, built: Built) -> None:
@@ -209,7 +209,7 @@ def scales(skipped: list[bool], init: float, interval: int) -> list[float]:
 
 
 def perturb(built: Built, relative: float, seed: int) -> None:
-    """Move every parameter by noise of this size: what the step makes of it is how much noise it amplifies."""
+    """Move every parameter by noise of this size, to see how much of it the step makes."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for model in built.models:

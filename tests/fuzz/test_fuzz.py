@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.fuzz.grammar import KINDS, draw
+from tests.fuzz import reference
+from tests.fuzz.grammar import KINDS, compose, draw
 from tests.fuzz.program import source
 from tests.fuzz.run import run
 
 SEEDS = range(9000, 9150)
-BATCHES = 15  # tests, that several processes can share them out
+BATCHES = 15  # tests, so that several processes can share them out
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_programs(batch: int) -> None:
     for seed in SEEDS[batch::BATCHES]:
-        program = draw(seed, "inductor" if seed % 3 == 0 else "eager")
-        text = source(program)
+        text = source(draw(seed, "inductor" if seed % 3 == 0 else "eager"))
         outcome = run(text)
         assert outcome.good, f"{outcome.kind}: {outcome.symptom}\n{outcome.detail}\n{text}"
 
@@ -28,12 +30,19 @@ def test_the_programs_of_a_seed_are_always_the_same_and_use_every_word() -> None
     assert drawn == {word.name for kind in KINDS for word in kind.words}
 
 
-WRONG = {
-    "calls are not counted": ("print in a loop", "compiled.step"),
+# Words, and the part of the reference that is taken out: then the compiled run must look wrong.
+FAULTS: dict[str, tuple[list[str], Any, str]] = {
+    "clip": (["max_norm"], reference.Eager, "_clip"),
+    "clip, float16": (["max_norm", "float16"], reference.Eager, "_clip"),
+    "update": (["bfloat16", "AdamW(lr=0.01)"], reference.Eager, "_apply"),
+    "statistics": (["running norm", "inf"], reference.Saved, "restore_extras"),
 }
 
 
-def test_a_fault_is_found() -> None:
-    """A program whose compiled run is given another learning rate differs; so does one that skips too much."""
-    text = source(draw(9000, "eager"))
-    text = text.replace("def before(call):\n", "def before(call):\n        mutate(optimizers, compile)\n")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_difference_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, owner, part = FAULTS[name]
+    text = source(compose(words, "eager"))
+    assert run(text).kind == "right"
+    monkeypatch.setattr(owner, part, lambda *args: None)
+    assert run(text).kind == "wrong"
