@@ -33,6 +33,8 @@ def difference(
 ) -> str:
     """The first tensor that differs after a call, as text; empty if none does."""
     mine, wanted = ours.calls[number], theirs.calls[number]
+    changes = [wanted.state[name] - old for name, old in theirs.start.items() if name.startswith("model")]
+    largest = max(float(change.nan_to_num(0.0, 0.0, 0.0).norm()) for change in changes)
     for name, expected in wanted.state.items():
         if name not in mine.state:
             return f"{name}: missing"
@@ -41,12 +43,19 @@ def difference(
         runs = [r for r in noisy if name in r.calls[number].state and not (r.autocast and is_exact)]
         others = [(r.calls[number].state[name], r.start.get(name, zero)) for r in runs]
         own = TOLERANCES["float32"] if is_exact else tolerance
-        if text := _differs(mine.state[name], expected, theirs.start.get(name), others, own):
+        start = theirs.start.get(name)
+        if text := _differs(mine.state[name], expected, start, others, own, largest):
             return f"{name}: {text}"
     if wanted.skipped:
         return ""  # a loss of inf or nan is whatever the compiler makes of it
     if len(mine.outputs) != len(wanted.outputs):
         return f"{len(mine.outputs)} outputs instead of {len(wanted.outputs)}"
+    for name, expected in wanted.grads.items():
+        if name not in mine.grads:
+            return f"grad {name}: missing"
+        others = [(r.calls[number].grads[name], torch.zeros_like(expected)) for r in noisy]
+        if text := _differs(mine.grads[name], expected, None, others, tolerance):
+            return f"grad {name}: {text}"
     for index, expected in enumerate(wanted.outputs):
         others = [(r.calls[number].outputs[index], torch.zeros_like(expected)) for r in noisy]
         if text := _differs(mine.outputs[index], expected, None, others, tolerance):
@@ -55,7 +64,12 @@ def difference(
 
 
 def _differs(
-    ours: Tensor, theirs: Tensor, start: Tensor | None, noisy: list[tuple[Tensor, Tensor]], t: Tolerance
+    ours: Tensor,
+    theirs: Tensor,
+    start: Tensor | None,
+    noisy: list[tuple[Tensor, Tensor]],
+    t: Tolerance,
+    largest: float = 0.0,
 ) -> str:
     if ours.shape != theirs.shape:
         return f"shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
@@ -74,7 +88,8 @@ def _differs(
     size, error = float(theirs[finite].norm()), float((ours - theirs)[finite].norm())
     allowed = t.relative * size
     if start is not None and t.relative > 1e-4:  # in half precision a change says more than a value
-        allowed = min(allowed, t.change * float(moved.norm()) + 1e-6 * size)
+        rounding = 3 * t.noise * largest  # of gradients that cancel, such as a bias's before a norm
+        allowed = min(allowed, t.change * float(moved.norm()) + rounding + 1e-6 * size)
     allowed += t.factor * spread + 1e-9
     if error <= allowed:
         return ""

@@ -22,7 +22,7 @@ class Call:
     state: dict[str, Tensor]
     outputs: list[Tensor]
     skipped: bool
-    grads: dict[str, Tensor]
+    grads: dict[str, Tensor]  # what `.grad` holds
     largest: float = 0.0  # magnitude of the gradients that the optimizers read
 
 
@@ -66,7 +66,8 @@ class Eager:
         elif self.bad:
             old.restore_extras()
         self.calls += 1
-        return Call(built.snapshot(), outputs, self.bad, gradients(built), self.largest)
+        grads = gradients(built) if self.options.get("grads") == "keep" else {}
+        return Call(built.snapshot(), outputs, self.bad, grads, self.largest)
 
     def _guarded(self, number: int, optimizer: Optimizer) -> Callable[[], None]:
         plain = optimizer.step
@@ -189,9 +190,9 @@ def outputs_of(returned: Any) -> list[Tensor]:
 
 
 def gradients(built: Built) -> dict[str, Tensor]:
-    """What is in ``.grad`` of every parameter."""
-    named = [(f"{i}.{n}", p) for i, m in enumerate(built.models) for n, p in m.named_parameters()]
-    return {name: as_tensor(p.grad) for name, p in named if p.grad is not None}
+    """What is in ``.grad`` of the parameters that are trained."""
+    params = [p for o in built.optimizers for g in o.param_groups for p in g["params"]]
+    return {str(index): as_tensor(p.grad) for index, p in enumerate(params) if p.grad is not None}
 
 
 def scales(skipped: list[bool], init: float, interval: int) -> list[float]:

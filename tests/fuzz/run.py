@@ -135,6 +135,8 @@ def _compiled(program: Mapping[str, Any]) -> tuple[tuple[str, ...], Run, list[fl
         scale.append(after.scale)
         if after.steps != number + 1:
             raise Wrong("calls are not counted", f"{after.steps} steps counted in {number + 1} calls")
+        if mp.grads == "drop" and calls[-1].grads:
+            raise Wrong("gradients are left", f"call {number}, parameters {', '.join(calls[-1].grads)}")
     return built.exact, Run(start, calls), scale
 
 
