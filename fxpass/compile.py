@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from . import _torch, logs
 from .analysis.memory import MemoryProfile
+from .analysis.modules import check_patterns
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import CaptureError
@@ -163,6 +164,7 @@ class _Compilation:
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
+        check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
         look = current_look()
         after_each = look.after_each if look else lambda name, step: None
