@@ -26,7 +26,12 @@ OVERFLOW = "overflow"
 
 def settings(**values: Any) -> Edit:
     """Sets them in every param group."""
-    return lambda opt, _: [group.update(values) for group in opt.param_groups]
+
+    def edit(opt: Optimizer, _: nn.Module) -> None:
+        for group in opt.param_groups:
+            group.update(values)
+
+    return edit
 
 
 def frozen(value: bool) -> Edit:
@@ -166,7 +171,7 @@ def test_refused_from_the_call_on(name: str) -> None:
         with pytest.raises(OptimizerError, match=message) as error:
             step(torch.randn(6, 4))
     finally:
-        if handle is not None and hasattr(handle, "remove"):  # of a hook for all optimizers
+        if handle is not None:  # of a hook, for all optimizers maybe
             handle.remove()
     assert "where: " in str(error.value)
     assert "test_optimizers.py:" in str(error.value)
@@ -228,7 +233,7 @@ class Branching(Optimizer):
         super().__init__(params, {"lr": lr, "hinted": hinted})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
