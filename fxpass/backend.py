@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -12,10 +13,13 @@ from torch.fx import GraphModule
 from . import _torch
 from .compile import StepState, compile_frame
 from .errors import FxpassError, OptionError
-from .options import Options, check_names
+from .options import Options, check_inductor, check_names
 from .record import GraphRecord
 from .runtime.state import ScalerState, StepStats
 from .runtime.watch import Diagnosis, diagnose
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +33,13 @@ class MixedPrecision(Options):
         OptionError: an option of the wrong type or out of range.
     """
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        check_names(options)  # before the dataclass raises TypeError
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_inductor(self.inductor, _torch.inductor_settings())
         object.__setattr__(self, "_shared", StepState(ScalerState(self.policy)))
 
     @property
@@ -84,6 +93,18 @@ class MixedPrecision(Options):
     def note_break(self, record: _torch.FrameRecord) -> None:
         """Dynamo broke the graph of a frame: remembered for the error that may follow."""
         self._state.last_break = (record.break_reason, record.break_where)
+
+    def trains(self, code: CodeType) -> bool:
+        """Whether a training step was compiled from ``code``."""
+        return self._state.compilations.trains(code)
+
+    def refuse_eager(self, where: str) -> None:
+        """Raise: a backward is about to run uncompiled under this backend.
+
+        Raises:
+            CaptureError: always; no parameter has changed.
+        """
+        raise self._state.uncompiled(where)
 
 
 class _NamedBackend:
@@ -139,7 +160,6 @@ def _find(compiler_fn: Any) -> MixedPrecision | None:
     handle = getattr(wrapper, "_fxpass_handle", None)
     if handle is None:
         options = dict(getattr(wrapper, "kwargs", {}).get("options") or {})
-        check_names(options)
         handle = MixedPrecision(**options)
         wrapper._fxpass_handle = handle
     return handle

@@ -19,8 +19,10 @@ from torch.fx import GraphModule
 
 from . import _torch, logs
 from .analysis.memory import MemoryProfile
+from .analysis.modules import check_patterns
 from .capture import checks, optim, optim_state
 from .capture.step import Event, capture, to_step
+from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.text import to_text
 from .look import DryRunEnd, Look, current_look, looking
@@ -43,9 +45,14 @@ class StepState:
     graphs: list[GraphRecord] = field(default_factory=list)
     watches: list[Watch] = field(default_factory=list)  # one per graph that trains
     last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
+    compilations: checks.Compilations = field(default_factory=checks.Compilations)
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.scaler.loss_scale)
+
+    def uncompiled(self, where: str) -> CaptureError:
+        """The error for a backward at ``where`` that is about to run uncompiled."""
+        return checks.uncompiled(self.last_break, where)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; what was seen of the gradients before is forgotten."""
@@ -89,6 +96,8 @@ def compile_frame(
     checks.check_frame(gm, record, state.last_break)
     if not checks.computes(gm):
         return gm.forward
+    if record.events:
+        state.compilations.note(record)
     undo: list[Callable[[], None]] = []
     try:
         for event in record.events:
@@ -131,7 +140,8 @@ class _Compilation:
         extras = [scaler.tensors[name] for name in scaler.fields] if events else []
         extras += [self.watch.table, self.watch.report] if self.watch is not None else []
         extras += [t for b in self.bindings for t in b.inputs(device)]
-        call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner)
+        not_inference = checks.still_requires_grad(self.record, self.state.last_break)
+        call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner, not_inference)
         return CompiledStep(
             call,
             scaler,
@@ -154,6 +164,7 @@ class _Compilation:
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
+        check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
         look = current_look()
         after_each = look.after_each if look else lambda name, step: None

@@ -21,22 +21,29 @@ from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
 
-from ..errors import CaptureError
+from ..errors import FxpassError
+from .eager import running
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 
 
 def trace(
-    gm: GraphModule, inputs: Sequence[Any], extras: Sequence[torch.Tensor], compiler: Compiler
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    extras: Sequence[torch.Tensor],
+    compiler: Compiler,
+    not_inference: FxpassError,
 ) -> Callable[..., Any]:
     """Hand ``gm`` as one ATen inference graph to ``compiler``; returns a callable of flat inputs.
 
     ``inputs`` are Dynamo's; ``extras`` are ours, with shapes that never change.
+
+    Raises:
+        FxpassError: ``not_inference``, if something still requires grad when the graph is over.
     """
 
     def refuse(*_: Any) -> Any:
-        hint = "return detached tensors, and update only inside torch.no_grad() or optimizer.step()"
-        raise CaptureError("the step's outputs or updates require grad after the step", hint=hint)
+        raise not_inference
 
     aot = aot_autograd(
         fw_compiler=refuse,
@@ -50,7 +57,7 @@ def trace(
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
     with own, _without_onednn():
-        return aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)])
+        return running(aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)]))
 
 
 @contextlib.contextmanager

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, output_graph
+from torch._dynamo import convert_frame, output_graph, side_effects
 from torch._dynamo.variables import builder, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.lists import TupleVariable
+from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.marks import GRAD, MARK, SEED
@@ -43,8 +45,19 @@ from .dynamo_common import (
     store_grad,
     user_line,
 )
+from .dynamo_hooks import after_accumulation, hooked_gradient, refuse_backward_hooks, refuse_retain_grad
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
+from .eager import watch_backward
+from .growing import codegen_hook, wrap_listlike_hook
+from .handles import readable_name
 from .record import FrameRecord, LeafGrad
+
+SETTINGS = {
+    "trace_autograd_ops": True,
+    "allow_rnn": True,
+    "allow_unspec_int_on_nn_module": True,  # a counter of a module that changes is no constant
+    "skip_nnmodule_hook_guards": False,  # hooks that come later are seen
+}
 
 _find_backend: Callable[[Any], Any | None] = lambda _: None  # noqa: E731 - replaced by install()
 
@@ -55,6 +68,7 @@ def install(find_backend: Callable[[Any], Any | None]) -> None:
     _find_backend = find_backend
     if not hasattr(convert_frame._compile, "_fxpass"):
         convert_frame._compile = _hook(convert_frame._compile)
+        watch_backward(lambda compiler_fn: _find_backend(compiler_fn))
 
 
 def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,11 +77,11 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         backend = _find_backend(args[5])
         if backend is None:
             return original(*args, **kwargs)
-        record = FrameRecord(backend)
+        record = FrameRecord(backend, args[0], int(dynamo_config.recompile_limit))
         outer = current_record()
         local.record = record
         try:
-            with _patches():
+            with _patches(), _limits(backend, args[0]):
                 return original(*args, **kwargs)
         except Exception as error:
             ours = record.error or _fxpass_cause(error)
@@ -82,6 +96,29 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
     vars(_compile)["_fxpass"] = True
     return _compile
+
+
+def _limits(backend: Any, code: CodeType) -> contextlib.AbstractContextManager[Any]:
+    """No limit of Dynamo's on recompiling training code, which would run uncompiled then.
+
+    The backend counts per optimizer instead, and raises; other code (what follows a
+    print after the step, say) may run uncompiled.
+    """
+    if not backend.trains(code):
+        return contextlib.nullcontext()
+    return dynamo_config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+
+
+def _reason_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember the guard that failed: what an error about too many compilations has to name."""
+
+    def reasons_of(*args: Any, **kwargs: Any) -> Any:
+        reasons = original(*args, **kwargs)
+        if reasons:
+            record_of_frame().recompile_reason = str(reasons[0])
+        return reasons
+
+    return reasons_of
 
 
 def _note_failure(record: FrameRecord, error: Exception) -> None:
@@ -102,13 +139,23 @@ def _fxpass_cause(error: BaseException) -> FxpassError | None:
 def _patches() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
-        stack.enter_context(dynamo_config.patch(trace_autograd_ops=True, allow_rnn=True))
+        stack.enter_context(dynamo_config.patch(SETTINGS))
         patch(tensor.TensorVariable, "method_backward", _backward)
+        patch(tensor.TensorVariable, "method_attr_retain_grad", refuse_retain_grad)
         patch(tensor.TensorVariable, "var_getattr", _grad_hook(tensor.TensorVariable.var_getattr))
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
         patch(builder, "get_static_address_type", lambda _: None)
+        patch(
+            builder.VariableBuilder,
+            "wrap_listlike",
+            wrap_listlike_hook(builder.VariableBuilder.wrap_listlike),
+        )
+        replay = side_effects.SideEffects.codegen_update_mutated
+        patch(side_effects.SideEffects, "codegen_update_mutated", codegen_hook(replay))
+        reasons = convert_frame.get_and_maybe_log_recompilation_reasons
+        patch(convert_frame, "get_and_maybe_log_recompilation_reasons", _reason_hook(reasons))
         patch(
             functions.UserMethodVariable,
             "call_function",
@@ -155,10 +202,10 @@ def _grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:
-    if inputs is None:
+    if inputs is None or is_none(inputs):
         created = list(getattr(tx.output, "leaf_var_creation_order", ()))
         return self._collect_backward_inputs([*created, *tx.output.input_source_to_var.values()]) or []
-    provided = inputs.items if hasattr(inputs, "items") and not callable(inputs.items) else [inputs]
+    provided = inputs.items if isinstance(inputs, BaseListVariable) else [inputs]
     return self._collect_backward_inputs(provided, error_on_non_leaf=True) or []
 
 
@@ -172,12 +219,17 @@ def _backward(
 ) -> Any:
     """``loss.backward()`` as ``autograd.grad`` over the frame's leaves, gradients added to ``.grad``."""
     record = record_of_frame()
+    if retain_graph is not None and is_none(retain_graph):
+        retain_graph = None
     if create_graph is not None and create_graph.is_python_constant() and create_graph.as_python_constant():
         hint = "take the second derivative with torch.autograd.grad outside the compiled step"
         raise fail(OptimizerError("backward(create_graph=True)", where=user_line(), hint=hint))
     leaves = [v for v in _leaves(self, tx, inputs) if v.dtype.is_floating_point]
     number = len(record.backwards)
     record.backwards.append(user_line())
+    loss = self.as_proxy().node.meta["example_value"]
+    through = output_graph.collect_reachable_grad_fns([(loss, None)])
+    record.traversed |= {fn for fn in through if type(fn).__name__ != "AccumulateGrad"}  # a leaf is anybody's
     if not leaves:
         return ConstantVariable.create(None)
     with no_grad(tx):
@@ -194,8 +246,10 @@ def _backward(
                 continue
             grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
             record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
+            grad = hooked_gradient(tx, leaf, grad)
             old = leaf.var_getattr(tx, "grad")
             store_grad(tx, leaf, grad if is_none(old) else call(tx, torch.add, old, grad))
+            after_accumulation(tx, leaf)
     return ConstantVariable.create(None)
 
 
@@ -205,7 +259,9 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
             raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
         if isinstance(value, torch.nn.Module):
-            record_of_frame().modules.append(value)
+            refuse_backward_hooks(value)
+            name = readable_name(self.source.name) if self.source else ""
+            record_of_frame().modules.append((name, value))
         return original(self, value)
 
     return _wrap
@@ -215,12 +271,12 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _note_consumed_outputs(self: Any, rv: list[Any], tx: Any) -> None:
-    """Instead of breaking the graph, remember outputs whose autograd graph was consumed.
+    """Instead of breaking the graph, remember outputs whose autograd graph a backward() went through.
 
     The backend detaches them: in eager they still carry a graph, but one that
-    raises when it is used.
+    raises when it is used (or holds all activations, after retain_graph=True).
     """
-    consumed = self.autograd_grad_consumed_grad_fns
+    consumed = self.autograd_grad_consumed_grad_fns | record_of_frame().traversed
     for variable in rv:
         if not isinstance(variable, tensor.TensorVariable) or not variable.requires_grad:
             continue
@@ -253,7 +309,7 @@ def _what_broke(reason: str) -> str:
     return ". ".join(line.rstrip(".") for line in wanted if line)
 
 
-def _take_over_grads(side_effects: Any, record: FrameRecord) -> None:
+def _take_over_grads(effects: Any, record: FrameRecord) -> None:
     """Withdraw the pending ``.grad`` of stepped parameters: the runtime sets or clears it.
 
     Other leaves keep Dynamo's replay; a None among them gets a variable of its
@@ -261,14 +317,14 @@ def _take_over_grads(side_effects: Any, record: FrameRecord) -> None:
     was read from and would write that parameter's gradient instead.
     """
     stepped = {p.node for event in record.events for p in event.params}
-    for variable, pending in side_effects.store_attr_mutations.items():
+    for variable, pending in effects.store_attr_mutations.items():
         if "grad" not in pending or not isinstance(variable, tensor.TensorVariable):
             continue
         node = variable.as_proxy().node.name
         grad = pending["grad"]
         if node in stepped:
             del pending["grad"]
-            kinds = getattr(side_effects, "attr_mutation_kinds", {})
+            kinds = getattr(effects, "attr_mutation_kinds", {})
             kinds.get(variable, {}).pop("grad", None)
             if is_none(grad):
                 record.cleared.add(node)

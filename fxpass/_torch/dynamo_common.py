@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch._dynamo.variables import base
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._guards import TracingContext
@@ -38,10 +41,13 @@ def fail(error: FxpassError) -> FxpassError:
     return error
 
 
+_LIBRARIES = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+
+
 def user_line(stack: traceback.StackSummary | None = None) -> str:
     """``file:line in function: code`` of the innermost frame of the user's code."""
     frames = list(TracingContext.extract_stack() if stack is None else stack)
-    theirs = [f for f in frames if "/torch/" not in f.filename and "/fxpass/_torch/" not in f.filename]
+    theirs = [f for f in frames if not f.filename.startswith(_LIBRARIES)]
     if not (theirs or frames):
         return "unknown"
     frame = (theirs or frames)[-1]

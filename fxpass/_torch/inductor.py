@@ -150,3 +150,8 @@ def cpu_has_half_gemm() -> bool:
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings of a ``torch.compile(mode=...)``."""
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def inductor_settings() -> frozenset[str]:
+    """The names of Inductor's settings, such as ``triton.cudagraphs``."""
+    return frozenset(inductor_config.get_config_copy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class FrameRecord:
     """Everything the hooks learnt from one frame."""
 
     backend: Any
+    code: CodeType | None = None
+    limit: int = 8  # how often one code may be compiled for the same objects: torch's setting
+    recompile_reason: str = ""  # the guard that failed, if the frame was compiled before
     backwards: list[str] = field(default_factory=list)  # user line of each backward()
     leaf_grads: list[LeafGrad] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)  # parameter node of each gradient an optimizer reads
@@ -59,8 +63,10 @@ class FrameRecord:
     kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)
     cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
     escaping: list[str] = field(default_factory=list)  # gradients leaving without a step
-    modules: list[torch.nn.Module] = field(default_factory=list)  # as they were met, outermost first
+    # as they were met, outermost first, each with the expression that reached it
+    modules: list[tuple[str, torch.nn.Module]] = field(default_factory=list)
     real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
+    traversed: set[Any] = field(default_factory=set)  # nodes of autograd that a backward() went through
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""
@@ -69,4 +75,5 @@ class FrameRecord:
 
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""
-        vars(self).update(vars(FrameRecord(self.backend)) | {"error": self.error})
+        kept = FrameRecord(self.backend, self.code, self.limit, self.recompile_reason, error=self.error)
+        vars(self).update(vars(kept))

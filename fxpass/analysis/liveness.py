@@ -20,7 +20,6 @@ from ..ir.alias import view_of
 from ..ir.graph import Phase, Role, StepGraph, phase
 from ..ir.sizes import numel, storage_bytes
 
-
 SCALER = "scaler"  # the loss scale, learning rates and what belongs to them
 ROLES = {
     Role.PARAMETER: "parameter",

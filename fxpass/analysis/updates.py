@@ -15,26 +15,34 @@ aten = torch.ops.aten
 
 @dataclass
 class UpdateGroup:
-    """Writes that share computation: usually one parameter, its state tensors and its step count."""
+    """One parameter with its state, and every other one that shares computation with it."""
 
     writes: list[Node]  # copy_ nodes, in graph order
     body: set[Node]  # update nodes, and the unscale of their gradients
 
 
 def update_groups(step: StepGraph) -> list[UpdateGroup]:
-    """The writes of parameters and optimizer states, grouped, in the order of their first write."""
-    owner: dict[Node, int] = {}
+    """The writes of parameters and optimizer states, grouped, in the order of their first write.
+
+    A parameter and its state stay together even where they share no computation, as a step count
+    that only counts: they follow one verdict, and one may read what the other replaces.
+    """
+    owner: dict[Node, int] = {}  # of computation, and of parameters: the group that has it
+    parameter = {update.old: update.owner for update in step.updates}
     groups: dict[int, UpdateGroup] = {}
     for number, write in enumerate(n for n in step.graph.nodes if n.target is aten.copy_.default):
-        if step.roles.get(write.args[0]) not in (Role.PARAMETER, Role.STATE):
+        old = source(write)
+        if step.roles.get(old) not in (Role.PARAMETER, Role.STATE):
             continue
         body = _body(write)
+        shared = {n for n in body if phase(n) is Phase.UPDATE} | {parameter.get(old, old)}
         group = UpdateGroup([write], body)
-        for other in {owner[n] for n in body if n in owner}:
+        for other in {owner[n] for n in shared if n in owner}:
             merged = groups.pop(other)
             group = UpdateGroup([*merged.writes, *group.writes], merged.body | group.body)
         groups[number] = group
         owner.update({n: number for n in group.body if phase(n) is Phase.UPDATE})
+        owner.update({parameter.get(n, n): number for n in map(source, group.writes)})
     order = {n: i for i, n in enumerate(step.graph.nodes)}
     for group in groups.values():
         group.writes.sort(key=order.__getitem__)

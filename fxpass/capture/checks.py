@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -10,6 +15,8 @@ from torch.fx import GraphModule, Node
 
 from .. import _torch
 from ..errors import CaptureError
+
+_MOVE = "move what breaks the graph (a print, .item(), a branch on data) after optimizer.step()"
 
 
 def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None) -> None:
@@ -67,6 +74,74 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
         raise CaptureError(found, where=record.backwards[-1], hint=hint)
 
 
+def still_requires_grad(record: Any, last_break: tuple[str, str] | None) -> CaptureError:
+    """The error for a graph whose results or updates AOTAutograd would have to differentiate."""
+    reason, where = last_break or ("", "")
+    found = "the graph's outputs or updates require grad after it"
+    if record.backwards:
+        hint = "return detached tensors, and update only inside torch.no_grad() or optimizer.step()"
+        return CaptureError(found, where=record.backwards[-1], hint=hint)
+    hint = "compile the whole step, and let only torch.no_grad() code write to parameters"
+    return CaptureError(
+        f"{found}; {_ends(reason, 'backward()')}", where=where, hint=_break_hint(reason, hint)
+    )
+
+
+def uncompiled(last_break: tuple[str, str] | None, where: str) -> CaptureError:
+    """The error for a backward that is about to run as plain Python inside the compiled function."""
+    reason, broke_at = last_break or ("", "")
+    found = "backward() is about to run uncompiled, without scaling, skip and casts"
+    if reason and "disable" not in reason:
+        hint = (
+            "no graph can be resumed inside a loop, a try or a with block: take what breaks it (a print, "
+            ".item(), a branch on data) out of there, or compile what stands there as a function of its own"
+        )
+        return CaptureError(f"{found}; {reason}", where=broke_at or where, hint=hint)
+    hint = "take the training step out of torch.compiler.disable, or call it outside of the compiled function"
+    return CaptureError(found, where=where, hint=hint)
+
+
+@dataclass
+class Compilations:
+    """Which codes were compiled as training steps, and how often for the same optimizers."""
+
+    done: list[tuple[CodeType, tuple[weakref.ref[torch.optim.Optimizer], ...]]] = field(default_factory=list)
+
+    def trains(self, code: CodeType) -> bool:
+        return any(known is code for known, _ in self.done)
+
+    def note(self, record: Any) -> None:
+        """Count one more compilation.
+
+        Raises:
+            CaptureError: the code was compiled for these optimizers as often as torch's limit allows.
+        """
+        optimizers = tuple(event.optimizer for event in record.events)
+        self.done = [d for d in self.done if all(o() is not None for o in d[1])]
+        live = [o() for o in optimizers]
+        same = [1 for code, known in self.done if code is record.code and _same([o() for o in known], live)]
+        if len(same) >= record.limit:
+            guard, where = _failed_guard(record.recompile_reason)
+            hint = (
+                "make it a tensor or let it change outside of the step; if the step needs so many graphs, "
+                "raise torch._dynamo.config.recompile_limit"
+            )
+            found = f"the step was compiled {record.limit} times and has to be compiled again: not {guard}"
+            raise CaptureError(found, where=where or record.events[0].where, hint=hint)
+        self.done.append((record.code, optimizers))
+
+
+def _failed_guard(reason: str) -> tuple[str, str]:
+    """What Dynamo says of a guard that failed: ``len(history) == 7``, and the user's line that needs it."""
+    guard = reason.splitlines()[0].partition("#")[0] if reason else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', reason)
+    return re.sub(r"^[\d/ -]+:", "", guard).strip(), "{}:{} in {}".format(*lines[-1]) if lines else ""
+
+
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
 def computes(gm: GraphModule) -> bool:
     """Whether there is anything to compile: what follows a print() after the step is often a detach alone."""
     return any(n.op.startswith("call") and n.target != "detach" for n in gm.graph.nodes)
@@ -83,7 +158,7 @@ def _ends(reason: str, before: str) -> str:
 def _break_hint(reason: str, otherwise: str) -> str:
     if not reason:
         return otherwise
-    return "move what breaks the graph (a print, .item(), a branch on data) after optimizer.step()"
+    return _MOVE
 
 
 def _outputs_requiring_grad(gm: GraphModule, record: Any) -> list[str]:
@@ -128,16 +203,19 @@ def input_names(gm: GraphModule, record: _torch.FrameRecord) -> dict[str, str]:
     """The user's name of each of Dynamo's inputs, in order.
 
     A parameter is called as ``named_parameters()`` of the outermost module that
-    holds it calls it; anything else as the expression that reaches it.
+    holds it calls it, behind that module's own name if another has one of the
+    same name; anything else as the expression that reaches it.
     """
-    known: dict[int, str] = {}
-    for module in record.modules:
+    known: dict[int, tuple[str, str]] = {}  # by parameter: its name in the module, and with the module's own
+    for module_name, module in record.modules:
         for name, param in module.named_parameters():
-            known.setdefault(id(param), name)
+            known.setdefault(id(param), (name, f"{module_name}.{name}"))
+    short = Counter(name for name, _ in known.values())
     names = {n.name: _torch.source_name(n) for n in gm.graph.nodes if n.op == "placeholder"}
     for node, param in record.real.items():
-        if id(param) in known or node in names:
-            names[node] = known.get(id(param)) or names[node]
+        if id(param) in known:
+            name, full = known[id(param)]
+            names[node] = name if short[name] == 1 else full  # two models of one step
     return names
 
 

@@ -34,10 +34,14 @@ from .optim_state import (
     stand_in,
     undecorated,
 )
-from .scalars import Comparison, ScalarTensors, Setting, tensor_functions
+from .scalars import Comparison, ScalarTensors, Setting, as_number, tensor_functions
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # no code of the user's
 State = defaultdict[Any, dict[str, Any]]
+# Capturable formulas divide by the learning rate; where that is zero, only the ordinary ones, which
+# eager runs, are right. Of these the ordinary formula branches on a step count or writes by a mask,
+# and the capturable one agrees with it everywhere.
+_BRANCHING = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 
 
 def check(optimizer: Optimizer, where: str) -> None:
@@ -165,8 +169,10 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
         traced = {**copied(group), "params": []}
         if group.get("lr") is not None:  # None: the optimizer finds its own
             traced["lr"] = tensors.lr[g]
-        # a foreach list keeps all of its gradients alive; capturable maths never asks the host
-        traced.update({k: v for k, v in (("foreach", False), ("capturable", True)) if k in group})
+        if "foreach" in group:  # a foreach list keeps all of its gradients alive
+            traced["foreach"] = False
+        if "capturable" in group and any(c.__module__.startswith("torch.optim.") for c in _bases(optimizer)):
+            traced["capturable"] = isinstance(optimizer, _BRANCHING)
         groups.append(traced)
     for (g, key, position), tensor in tensors.dynamic:
         if position is None:
@@ -181,15 +187,19 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
     return groups
 
 
+def _bases(optimizer: Optimizer) -> Sequence[type]:
+    return type(optimizer).__mro__[: type(optimizer).__mro__.index(Optimizer)]
+
+
 def _traced_state(optimizer: Optimizer, tensors: StepTensors, groups: list[dict[str, Any]]) -> State:
     inputs = {(at.group, at.position, at.key): value for at, value in tensors.state.items()}
     state: State = defaultdict(dict)
     for (g, p), param, grad in zip(tensors.places, tensors.params, tensors.grads, strict=True):
         for key, value in optimizer.state.get(parameter(optimizer, g, p), {}).items():
             value = inputs.get((g, p, key), value)
-            if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
-                # eager computes with step counts as Python floats: 1 - 0.999**step needs their precision
-                value = value.double()
+            if isinstance(optimizer, _BRANCHING) and key in ("step", "eta", "mu"):
+                # the ordinary formula computes with Python numbers: 1 - 0.999**step needs their precision
+                value = as_number(value)
             if _dampens(optimizer, groups[g]) and key == "momentum_buffer" and isinstance(value, Tensor):
                 value = prime_momentum(value, param, grad, groups[g])
             state[param][key] = value

@@ -3,7 +3,8 @@
 While a step is captured, learning rate, step counts and norms are tensors, so
 that nothing is baked into the graph and nothing is read back to the host.
 torch's arithmetic takes a 0-d tensor nearly everywhere a number may stand; this
-module covers the rest: ``.item()``, ``alpha=``/``value=`` arguments, ``lerp``,
+module covers the rest: ``.item()`` (also where torch's own optimizers do without it
+while compiling), ``alpha=``/``value=`` arguments, ``lerp``,
 ``min``, ``max`` and the functions of ``math``, and comparisons of a setting with
 a number (``if momentum != 0``), which are decided by the setting's present value
 and remembered so that the runtime can check them.
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from .. import _torch
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq,
@@ -69,7 +72,7 @@ class ScalarTensors(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name == "item" and args[0].numel() == 1:
-            return args[0].reshape(())
+            return as_number(args[0])
         if func == _SET_DATA:
             return args[0].copy_(args[1])  # the parameter itself must receive the value
         op = name.strip("_")
@@ -100,6 +103,13 @@ class ScalarTensors(TorchFunctionMode):
         outcome = _COMPARE[op](value, number)
         self.comparisons.append(Comparison(setting, op, number, outcome))
         return outcome
+
+
+def as_number(value: Any) -> Any:
+    """The 0-d tensor that stands for ``value.item()``: as precise as Python's numbers."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(()).double() if value.is_floating_point() else value.reshape(())
 
 
 def _as(like: Tensor, value: Any) -> Any:
@@ -134,13 +144,15 @@ def _call(name: str, x: Any, *args: Any) -> Any:
 # ---------------------------------------------------------------- min, max and math
 
 
-def _extreme(pick: Callable[..., Tensor], builtin: Callable[..., Any]) -> Callable[..., Any]:
+def _extreme(replaces: Callable[[Any, Any], Any], builtin: Callable[..., Any]) -> Callable[..., Any]:
+    """Python's rule, the second where it ``replaces`` the first: a NaN never does."""
+
     def extreme(*args: Any, **kwargs: Any) -> Any:
         if len(args) != 2 or kwargs or not any(isinstance(a, Tensor) for a in args):
             return builtin(*args, **kwargs)
         like = next(a for a in args if isinstance(a, Tensor))
         first, second = (a if isinstance(a, Tensor) else torch.full_like(like, a) for a in args)
-        return pick(first, second)
+        return torch.where(replaces(second, first), second, first)
 
     return extreme
 
@@ -158,7 +170,7 @@ _MATH: dict[Any, Callable[..., Any]] = {
     if callable(getattr(math, name)) and hasattr(torch, name)
 }
 _MATH_MODULE: Any = SimpleNamespace(**vars(math) | {f.__name__: new for f, new in _MATH.items()})
-_BUILTINS = {"min": _extreme(torch.minimum, min), "max": _extreme(torch.maximum, max)}
+_BUILTINS = {"min": _extreme(operator.lt, min), "max": _extreme(operator.gt, max)}
 
 
 def _stand_ins(names: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +180,8 @@ def _stand_ins(names: dict[str, Any]) -> dict[str, Any]:
             found[name] = _MATH_MODULE
         elif type(value) is type(math.sqrt) and value in _MATH:
             found[name] = _MATH[value]
+        elif value is _torch.get_value:
+            found[name] = as_number
     return found
 
 

@@ -22,6 +22,7 @@ from ..ir.graph import Role, StepGraph, Update
 from . import optim, optim_state, phases
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
+from .numbers import as_tensor, spell_out_numbers
 from .scalars import Comparison
 from .writes import hide_writes
 
@@ -51,7 +52,8 @@ class Captured:
     extra_roles: list[tuple[Role, str]]
     first_extra: int
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
-    update_slots: list[tuple[int, str]] = field(default_factory=list)  # (event, placeholder) per UPDATE mark
+    # per UPDATE mark: event, placeholder, placeholder of the parameter it belongs to
+    update_slots: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool) -> Captured:
@@ -81,6 +83,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    spell_out_numbers(graph)
     hide_writes(graph)
     graph.lint()
     new_gm.recompile()
@@ -123,7 +126,11 @@ def _expand_optimizer(
     lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
     event = Event(found.live, places, fetched, len(lr), found.where, found.dynamic)
     first = len(captured.update_slots)
-    captured.update_slots += [(index, n.name) for n in (*params, *state)]
+    owners = dict(zip(places, params, strict=True))
+    captured.update_slots += [(index, n.name, n.name) for n in params]
+    captured.update_slots += [
+        (index, n.name, owners[k.group, k.position].name) for k, n in zip(keys, state, strict=True)
+    ]
     captured.parameters += [n for n in params if n not in captured.parameters]
     captured.events.append(event)
 
@@ -137,19 +144,8 @@ def _expand_optimizer(
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device
-    numbers = [_as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
+    numbers = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, lr, numbers)
-
-
-def _as_tensor(before: Node, number: Node, device: torch.device) -> Node:
-    """A symbolic float as a 0-d float64 tensor.
-
-    By a multiplication, since AOTAutograd replaces only arithmetic with symbolic
-    floats by tensors, and makes a constant of one that is used otherwise.
-    """
-    with before.graph.inserting_before(before):
-        one = before.graph.call_function(torch.ones, ((),), {"dtype": torch.float64, "device": device})
-        return before.graph.call_function(torch.mul, (one, number))
 
 
 def _param_name(by_name: dict[str, Node], found: Any, key: optim_state.StateKey) -> str:
@@ -169,7 +165,9 @@ def _finish_outputs(
         if isinstance(value, Node) and value.name in record.consumed:
             with graph.inserting_before(output):
                 value = graph.call_method("detach", (value,))
-                value.meta["custom"] = {phases.STEPS: 0}  # what the user returns is no computation after the step
+                value.meta["custom"] = {
+                    phases.STEPS: 0
+                }  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
     if keep_grads:
@@ -214,8 +212,8 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         step.names[node] = _user_name(name, names)
         if role is Role.SCALER:
             step.scaler[name] = node
-    for index, (event, name) in enumerate(captured.update_slots):
-        step.updates.append(Update(index, event, by_name[name]))
+    for index, (event, name, owner) in enumerate(captured.update_slots):
+        step.updates.append(Update(index, event, by_name[name], by_name[owner]))
     phases.set_phases(step, {by_name[name] for name in captured.data})
     return step
 

@@ -55,11 +55,15 @@ class Origin:
 
 @dataclass
 class Update:
-    """One value an optimizer writes: UPDATE mark ``index`` replaces the input ``old``."""
+    """One value an optimizer writes: UPDATE mark ``index`` replaces the input ``old``.
+
+    ``owner`` is the parameter that ``old`` belongs to: itself, or the one whose state it is.
+    """
 
     index: int
     event: int
     old: Node
+    owner: Node
 
 
 @dataclass

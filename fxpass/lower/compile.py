@@ -131,6 +131,7 @@ def _renamed(compiled: Unit, unit: Unit) -> dict[str, str]:
 
 def _eager(step: StepGraph) -> Callable[..., Any]:
     step.gm.recompile()
+    _ = step.gm.code  # written now: until then forward is a call of the module, with everybody's hooks
     forward = step.gm.forward
 
     def run(inputs: list[Any]) -> Any:

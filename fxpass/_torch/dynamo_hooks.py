@@ -1,0 +1,76 @@
+"""Hooks on parameters, run where eager runs them: on the gradient, and after it is accumulated.
+
+Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches. With
+``backward()`` traced as ``autograd.grad`` nothing calls the hooks of a leaf, so
+the trace does. Guards on both dictionaries of each leaf see hooks that come or go later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._dynamo.variables import base
+from torch._dynamo.variables.constant import ConstantVariable
+from torch.nn.modules import module as _modules
+
+from ..errors import CaptureError
+from .dynamo_common import fail, is_none, user_line
+
+VariableTracker = base.VariableTracker
+ON_GRADIENT = "_backward_hooks"  # Tensor.register_hook
+AFTER_ACCUMULATION = "_post_accumulate_grad_hooks"  # Tensor.register_post_accumulate_grad_hook
+
+
+def hooked_gradient(tx: Any, leaf: Any, grad: Any) -> Any:
+    """The gradient as the leaf's hooks leave it."""
+    for hook in _hooks(tx, leaf, ON_GRADIENT):
+        changed = hook.call_function(tx, [grad], {})
+        if not is_none(changed):
+            grad = changed
+    return grad
+
+
+def after_accumulation(tx: Any, leaf: Any) -> None:
+    """Call what is to be called once ``leaf.grad`` is there; it may step an optimizer."""
+    for hook in _hooks(tx, leaf, AFTER_ACCUMULATION):
+        hook.call_function(tx, [leaf], {})
+
+
+def _hooks(tx: Any, leaf: Any, attribute: str) -> list[Any]:
+    registered = [entry[0] for entry in tx.output.side_effects.tensor_hooks.values()]
+    if any(variable is leaf for variable in registered):
+        hint = "register the hook once, before the compiled step is called"
+        raise fail(
+            CaptureError("a hook is registered on a parameter inside the step", where=user_line(), hint=hint)
+        )
+    example = leaf.as_proxy().node.meta.get("grapharg")
+    if leaf.source is None or example is None:
+        return []
+    hooks = getattr(example.example, attribute, None)
+    source = AttrSource(leaf.source, attribute)
+    if hooks is None:
+        install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+        return []
+    table = VariableTracker.build(tx, hooks, source).realize()
+    return [table.call_method(tx, "__getitem__", [ConstantVariable.create(key)], {}) for key in hooks]
+
+
+def refuse_backward_hooks(module: torch.nn.Module) -> None:
+    """Raise for hooks of a module that eager calls in backward: no trace would call them."""
+    everywhere = _modules._global_backward_hooks or _modules._global_backward_pre_hooks
+    if everywhere or module._backward_hooks or module._backward_pre_hooks:
+        found = f"{type(module).__name__} has a backward hook registered (register_full_backward_hook)"
+        hint = "register it on the tensor, in forward: out.register_hook(fn), which is traced"
+        raise fail(CaptureError(found, where=user_line(), hint=hint))
+
+
+def refuse_retain_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    """``h.retain_grad()``: gradients of a step are those of its leaves."""
+    found = "retain_grad() on a tensor that the step computes: its .grad is not kept"
+    hint = (
+        "use h.register_hook(fn), or ask before backward(): torch.autograd.grad(loss, h, retain_graph=True)"
+    )
+    raise fail(CaptureError(found, where=user_line(), hint=hint))
