@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},
-    "runtime": {"errors"},
+    "runtime": {"_torch", "errors"},
     "options": {"errors", "runtime"},
     "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
     "lower": {"_torch", "analysis", "errors", "ir", "options"},

@@ -7,6 +7,8 @@ has decided, and the user asked for float32 from here on.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -23,8 +25,9 @@ def spell_out_casts(graph: Graph) -> None:
     later: set[int] = set()  # storages that are written behind the node
     for node in reversed(graph.nodes):
         if _asks_for_float32(node) and _is_float32(node.args[0]) and later.isdisjoint(storages(node)):
+            kwargs = {"dtype": torch.float32, **_asked_besides(node)}
             node.op, node.target = "call_function", torch.ops.aten._to_copy.default
-            node.args, node.kwargs = node.args[:1], {"dtype": torch.float32}
+            node.args, node.kwargs = node.args[:1], kwargs
         later.update(s for value in written(node) for s in storages(value))
 
 
@@ -33,6 +36,21 @@ def _asks_for_float32(node: Node) -> bool:
         return False
     asked = [*node.args[1:], *node.kwargs.values()]
     return node.target == "float" or torch.float32 in asked
+
+
+def _asked_besides(node: Node) -> dict[str, Any]:
+    """What ``x.to(...)`` asks for besides float32, where it is not what ``x`` has: a device, a memory format."""
+    x = node.args[0].meta["example_value"]  # pyright: ignore[reportAttributeAccessIssue]
+    found: dict[str, Any] = {}
+    for name, value in (*(("", a) for a in node.args[1:]), *node.kwargs.items()):
+        if isinstance(value, torch.memory_format) and value is not torch.preserve_format:
+            found["memory_format"] = value
+        elif name == "device" or (name == "" and isinstance(value, (str, torch.device))):
+            device = node.meta["example_value"].device
+            found |= {} if device == x.device else {"device": device}
+    if "device" in found and node.kwargs.get("non_blocking"):
+        found["non_blocking"] = True
+    return found
 
 
 def _is_float32(node: object) -> bool:
