@@ -50,7 +50,8 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
     finals = {n.args[0]: n for n in step.graph.nodes if n.target is aten.copy_.default}
     for mark, update in zip(step.marks(UPDATE), step.updates, strict=True):
         found, final = step.found_inf[update.event], finals.pop(update.old, None)
-        _keep(edit, mark, 0, found, source(mark, 3), "one gradient of the step is not finite: skipped whole")
+        reason = "one gradient of the step is not finite: the update is skipped whole"
+        _keep(edit, mark, 0, found, source(mark, 3), reason)
         if found is not last and final is not None:
             reason = "a gradient of a later optimizer is not finite: the step is skipped whole"
             _keep(edit, final, 1, last, source(mark, 3), reason)
