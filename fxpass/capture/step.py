@@ -25,7 +25,7 @@ from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
-from .writes import hide_writes
+from .writes import UPDATES, hide_writes
 
 
 @dataclass
@@ -147,6 +147,7 @@ def _expand_optimizer(
             event.assumed = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand
+    node.meta[UPDATES] = [*params, *state]
     device = optim_state.parameter(optimizer, *places[0]).device
     numbers = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, lr, numbers)
