@@ -24,6 +24,7 @@ from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
+from .renorm import spell_out_renorm
 from .scalars import Comparison
 from .writes import hide_writes
 
@@ -84,6 +85,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    spell_out_renorm(graph)
     spell_out_numbers(graph)
     hide_writes(graph)
     graph.lint()
@@ -166,7 +168,9 @@ def _finish_outputs(
         if isinstance(value, Node) and value.name in record.consumed:
             with graph.inserting_before(output):
                 value = graph.call_method("detach", (value,))
-                value.meta["custom"] = {phases.STEPS: 0}  # what the user returns is no computation after the step
+                value.meta["custom"] = {
+                    phases.STEPS: 0
+                }  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
     if keep_grads:
