@@ -17,6 +17,8 @@ from fxpass import MixedPrecision
 from fxpass.passes.cast import Cast
 from tests.graphs import graph_of
 
+# said by Inductor's own lowering of diagonal
+pytestmark = pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
