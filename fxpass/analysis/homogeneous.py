@@ -163,13 +163,10 @@ def _has_offset(node: Node) -> bool:
             kind = kind.getElementType()
         if kind.kind() not in ("NumberType", "TensorType", "FloatType") or parameter.name in _FACTORS:
             continue
-        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
-        if is_number and given != 0 and abs(given) != float("inf"):
+        number = given.meta.get("val") if isinstance(given, Node) else given
+        if isinstance(number, (torch.SymInt, torch.SymFloat)):
             return True
-        if isinstance(given, (torch.SymInt, torch.SymFloat)):
-            return True
-        if isinstance(given, Node) and isinstance(
-            given.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat)
-        ):
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if is_number and number != 0 and abs(number) != inf:
             return True
     return False

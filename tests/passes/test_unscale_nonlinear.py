@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -154,8 +155,12 @@ def test_all_at_once_compiled_with_the_default_code_generator() -> None:
     functions = [identity(f) for name, f in NONLINEAR.items() if name != "unknown operator"]
     functions += [hooked(NONLINEAR["clamp"]), *(identity(f) for f in LINEAR.values())]
     mp = MixedPrecision()
-    with pytest.warns(UserWarning, match=r"clamp at test_unscale_nonlinear.py:\d+ in .* is not linear"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         found = update(functions, mp)
+    lines = [str(w.message) for w in said if "not linear in the gradient" in str(w.message)]
+    assert any(re.search(r"clamp at test_unscale_nonlinear.py:\d+ in ", line) for line in lines)
+    assert len(lines) == len(set(lines))
     assert mp.stats().skipped == 0
     assert close(found, update(functions, None))
     assert "clamp is not linear in the gradient" in mp.graphs[0].after
@@ -248,7 +253,7 @@ def test_an_overflow_is_not_hidden(name: str) -> None:
 
 
 def test_without_a_scale_there_is_nothing_to_do() -> None:
-    functions = [identity(NONLINEAR["clamp"])]
+    functions = [identity(NONLINEAR["square"])]
     mp = MixedPrecision(dtype="bfloat16", codegen="eager")
-    assert close(update(functions, mp), update(functions, None), 0.1)
+    assert close(update(functions, mp), update(functions, None), 0.15)
     assert inserted(mp) == 0
