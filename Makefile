@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-digits test lint format bench clean
+.PHONY: help .venv demo demo-digits test fuzz lint format bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,6 +25,12 @@ demo-digits: .venv ## train a conv net with BatchNorm on scikit-learn's digits
 
 test: lint ## everything that CI checks: lint, then pytest on two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+N ?= 300
+SEED ?= 0
+
+fuzz: .venv ## compare N generated training programs with eager PyTorch, from SEED on
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz -n $(N) --seed $(SEED) --out out/fuzz
 
 lint: .venv ## ruff and pyright
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -13,10 +13,13 @@ from torch.fx import GraphModule
 from . import _torch
 from .compile import StepState, compile_frame
 from .errors import FxpassError, OptionError
-from .options import Options, check_names
+from .options import Options, check_inductor, check_names
 from .record import GraphRecord
 from .runtime.state import ScalerState, StepStats
 from .runtime.watch import Diagnosis, diagnose
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +33,13 @@ class MixedPrecision(Options):
         OptionError: an option of the wrong type or out of range.
     """
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        check_names(options)  # before the dataclass raises TypeError
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_inductor(self.inductor, _torch.inductor_settings())
         object.__setattr__(self, "_shared", StepState(ScalerState(self.policy)))
 
     @property
@@ -152,7 +160,6 @@ def _find(compiler_fn: Any) -> MixedPrecision | None:
     handle = getattr(wrapper, "_fxpass_handle", None)
     if handle is None:
         options = dict(getattr(wrapper, "kwargs", {}).get("options") or {})
-        check_names(options)
         handle = MixedPrecision(**options)
         wrapper._fxpass_handle = handle
     return handle

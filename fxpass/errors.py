@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FxpassError(Exception):
     """Base of everything fxpass raises.
@@ -51,3 +54,9 @@ class VerifyError(FxpassError):
 
 class LossScaleError(FxpassError):
     """The loss scale is at its minimum and gradients still overflow."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A hint with the name that was meant; empty if none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .errors import OptionError
+from .errors import OptionError, nearest
 from .runtime.scale import DynamicLossScale, HeadroomLossScale, LossScale, StaticLossScale, parse_scale
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -114,6 +114,9 @@ class Options:
                 "looks at one gradient: clip_per='parameter', clip_value or adaptive_clip"
             )
             raise OptionError(found, hint=hint)
+        if self.inductor and self.codegen == "eager":
+            hint = "drop one of them: codegen='eager' runs the graph without Inductor"
+            raise OptionError(f"option inductor={dict(self.inductor)!r} with codegen='eager'", hint=hint)
         if self.release and self.skip == "tensor":
             hint = "drop release: skip='tensor' already frees each gradient at once"
             raise OptionError("option release=True with skip='tensor'", hint=hint)
@@ -156,11 +159,16 @@ def _loss_scale(value: Any, dtype: Any) -> Any:
 
 def check_names(options: Mapping[str, Any]) -> None:
     """Raise :class:`OptionError` for names that are no options, with the nearest that are."""
-    import difflib
-
     known = [f.name for f in dataclasses.fields(Options)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}"
+            hint = nearest(name, known) or f"the options are {', '.join(known)}"
             raise OptionError(f"option {name!r} does not exist", hint=hint)
+
+
+def check_inductor(settings: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise :class:`OptionError` for names that are no settings of Inductor's."""
+    for name in settings:
+        if name not in known:
+            hint = nearest(name, known) or "see torch._inductor.config for the names"
+            raise OptionError(f"option inductor: {name!r} is no setting of torch._inductor.config", hint=hint)

@@ -49,6 +49,7 @@ from .dynamo_hooks import after_accumulation, hooked_gradient, refuse_backward_h
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
 from .eager import watch_backward
 from .growing import codegen_hook, wrap_listlike_hook
+from .handles import readable_name
 from .record import FrameRecord, LeafGrad
 
 SETTINGS = {
@@ -259,7 +260,8 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
         if isinstance(value, torch.nn.Module):
             refuse_backward_hooks(value)
-            record_of_frame().modules.append(value)
+            name = readable_name(self.source.name) if self.source else ""
+            record_of_frame().modules.append((name, value))
         return original(self, value)
 
     return _wrap

@@ -45,14 +45,19 @@ def source_name(node: Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)
-    name = str(source.name() if callable(source.name) else source.name)
+    return readable_name(source.name)
+
+
+def readable_name(expression: Any) -> str:
+    """``model.layers.0`` for what Dynamo calls ``L['model']._modules['layers']._modules['0']``."""
+    name = str(expression() if callable(expression) else expression)  # a method in torch 2.11
     parts = [next(g for g in m.groups() if g is not None) for m in _ACCESS.finditer(name)]
     return ".".join(parts) or name
 
 
 def is_argument(node: Node) -> bool:
     """Whether a Dynamo input is data given to the compiled function: no parameter or buffer of a module."""
-    source = getattr(node, "_dynamo_source", None)
+    source: Any = getattr(node, "_dynamo_source", None)
     name = str(source.name() if callable(getattr(source, "name", "")) else getattr(source, "name", ""))
     while hasattr(source, "base"):
         source = source.base

@@ -28,6 +28,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
 from .fusion import keep_order
+from .order import keep_old_values
 from .schedule import Program, Scratch, program_of, recording, tag_nodes
 
 CPU_KERNEL_ARGUMENTS = 12
@@ -61,6 +62,7 @@ def compile_graph(
         inductor_config.patch(dict(settings)),
         small_cpu_kernels(),
         keep_order(),
+        keep_old_values(),
         no_output_strides(),
         inductor_config.patch(fx_graph_cache=False) if dry else contextlib.nullcontext(),
         V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),
@@ -148,3 +150,8 @@ def cpu_has_half_gemm() -> bool:
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings of a ``torch.compile(mode=...)``."""
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def inductor_settings() -> frozenset[str]:
+    """The names of Inductor's settings, such as ``triton.cudagraphs``."""
+    return frozenset(inductor_config.get_config_copy())

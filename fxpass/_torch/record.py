@@ -63,7 +63,8 @@ class FrameRecord:
     kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)
     cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
     escaping: list[str] = field(default_factory=list)  # gradients leaving without a step
-    modules: list[torch.nn.Module] = field(default_factory=list)  # as they were met, outermost first
+    # as they were met, outermost first, each with the expression that reached it
+    modules: list[tuple[str, torch.nn.Module]] = field(default_factory=list)
     real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
     traversed: set[Any] = field(default_factory=set)  # nodes of autograd that a backward() went through
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch.fx import Node
 
+from ..errors import OptionError, nearest
 from ..ir.graph import Phase, StepGraph, phase
 
 _ACCESS = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
@@ -38,6 +39,19 @@ def _paths(node: Node) -> list[Path]:
     return [
         tuple(next(g for g in m.groups() if g is not None) for m in _ACCESS.finditer(text)) for text in texts
     ]
+
+
+def check_patterns(step: StepGraph, patterns: tuple[str, ...]) -> None:
+    """Raise :class:`OptionError` for a pattern of ``keep_fp32`` that no module of the step matches."""
+    if not patterns or not step.trains:
+        return
+    names = sorted({name for names in module_names(step).values() for name in names})
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            hint = nearest(pattern, names) or f"the modules are {', '.join(names) or 'none'}"
+            raise OptionError(
+                f"option keep_fp32: {pattern!r} matches no module that the step runs", hint=hint
+            )
 
 
 def nodes_kept(step: StepGraph, patterns: tuple[str, ...]) -> set[Node]:

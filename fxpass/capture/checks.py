@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -202,16 +203,19 @@ def input_names(gm: GraphModule, record: _torch.FrameRecord) -> dict[str, str]:
     """The user's name of each of Dynamo's inputs, in order.
 
     A parameter is called as ``named_parameters()`` of the outermost module that
-    holds it calls it; anything else as the expression that reaches it.
+    holds it calls it, behind that module's own name if another has one of the
+    same name; anything else as the expression that reaches it.
     """
-    known: dict[int, str] = {}
-    for module in record.modules:
+    known: dict[int, tuple[str, str]] = {}  # by parameter: its name in the module, and with the module's own
+    for module_name, module in record.modules:
         for name, param in module.named_parameters():
-            known.setdefault(id(param), name)
+            known.setdefault(id(param), (name, f"{module_name}.{name}"))
+    short = Counter(name for name, _ in known.values())
     names = {n.name: _torch.source_name(n) for n in gm.graph.nodes if n.op == "placeholder"}
     for node, param in record.real.items():
-        if id(param) in known or node in names:
-            names[node] = known.get(id(param)) or names[node]
+        if id(param) in known:
+            name, full = known[id(param)]
+            names[node] = name if short[name] == 1 else full  # two models of one step
     return names
 
 

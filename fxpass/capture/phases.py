@@ -130,7 +130,9 @@ def _own(step: StepGraph, nodes: list[Node], followed: set[Node], data: set[Node
     data = data - {source(write) for write in writes}
     of_data: set[Node] = set(data)
     for node in nodes:
-        if not of_data.isdisjoint(node.all_input_nodes) or (node in followed and phase(node) is Phase.FORWARD):
+        if not of_data.isdisjoint(node.all_input_nodes) or (
+            node in followed and phase(node) is Phase.FORWARD
+        ):
             of_data.add(node)
     found: set[Node] = set()
     for write in writes:

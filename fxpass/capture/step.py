@@ -20,12 +20,12 @@ from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Role, StepGraph, Update
 from . import optim, optim_state, phases
+from .assumptions import Assumptions
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
 from .renorm import spell_out_renorm
-from .scalars import Comparison
 from .writes import hide_writes
 
 
@@ -39,7 +39,7 @@ class Event:
     groups: int
     where: str
     dynamic: list[tuple[int, str, int | None]]
-    comparisons: list[Comparison] = field(default_factory=list)
+    assumed: Assumptions | None = None  # known when the update is traced
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _expand_optimizer(
             places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs
         )
         with annotate({"fxpass": "update"}):
-            event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
+            event.assumed = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -158,12 +159,21 @@ def _cell(value: object) -> str:
 
 
 def diagnose(watches: Sequence[Watch]) -> Diagnosis:
-    """One row per parameter over all graphs; reads the device."""
-    found: dict[str, list[ParameterDiagnosis]] = {}
+    """One row per parameter over all graphs; reads the device.
+
+    A second model's parameter of the same name is told apart by a number: ``weight (2)``.
+    """
+    found: dict[object, list[ParameterDiagnosis]] = {}
     for watch in watches:
         for (name, size, values), weight in zip(watch.columns(), watch.weights, strict=True):
-            found.setdefault(name, []).append(_row(name, size, values, weight()))
-    rows = [_merge(parts) for parts in found.values()]
+            tensor = weight()
+            of_one = name if tensor is None else (name, id(tensor))  # names repeat from model to model
+            found.setdefault(of_one, []).append(_row(name, size, values, tensor))
+    taken: Counter[str] = Counter()
+    rows = []
+    for row in map(_merge, found.values()):
+        taken[row.name] += 1
+        rows.append(row if taken[row.name] == 1 else row._replace(name=f"{row.name} ({taken[row.name]})"))
     return Diagnosis(sorted(rows, key=lambda row: row.first_step or math.inf))
 
 
