@@ -146,7 +146,7 @@ def is_zero(node: Node) -> bool:
         node = node.args[0]
     name = op_name(node.target)
     at = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}.get(name)
-    return name in ("zeros", "zeros_like", "new_zeros") or (at is not None and node.args[at] == 0)
+    return name in ("zeros", "zeros_like", "new_zeros") or (at is not None and node.args[at] in (0, 0.0))
 
 
 def _is_grad(name: str) -> bool:
@@ -166,7 +166,6 @@ def _has_offset(node: Node) -> bool:
         number = given.meta.get("val") if isinstance(given, Node) else given
         if isinstance(number, (torch.SymInt, torch.SymFloat)):
             return True
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if is_number and number != 0 and abs(number) != inf:
+        if isinstance(number, (int, float)) and number not in (0, inf, -inf) and not isinstance(number, bool):
             return True
     return False

@@ -39,7 +39,7 @@ def identity(backward_of: Backward) -> Function:
         def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             return backward_of(grad, ctx.saved_tensors[0])
 
-    return Identity.apply  # pyright: ignore[reportReturnType]
+    return Identity.apply
 
 
 @torch.library.custom_op("fxpass_tests::squash", mutates_args=())
@@ -132,7 +132,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 0.02) -> bool:
 
 @pytest.mark.parametrize("name", NONLINEAR)
 @pytest.mark.parametrize("scale", [1024.0, "dynamic"])
-def test_each_follows_float32(name: str, scale: object) -> None:
+def test_each_follows_float32(name: str, scale: float | str) -> None:
     functions = [identity(NONLINEAR[name])]
     mp = MixedPrecision(loss_scale=scale, codegen="eager")
     with warnings.catch_warnings():
