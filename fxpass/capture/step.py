@@ -25,6 +25,7 @@ from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
+from .renorm import spell_out_renorm
 from .writes import UPDATES, hide_writes
 
 
@@ -87,6 +88,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    spell_out_renorm(graph)
     spell_out_numbers(graph)
     hide_writes(graph)
     graph.lint()

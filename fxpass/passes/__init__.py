@@ -22,10 +22,12 @@ from .scale_loss import ScaleLoss
 from .second_backward import SecondBackward
 from .skip import Skip
 from .unscale import Unscale
+from .unscale_nonlinear import UnscaleNonlinear
 from .update_scale import UpdateScale
 
 PASSES: tuple[type[GraphPass], ...] = (
     ScaleLoss,  # seed of each backward * scale
+    UnscaleNonlinear,  # clamps and the like in backward see gradients without the scale
     Cast,  # float16 where the policy says so
     Embedding,  # gradients of tables by rows
     Unscale,  # gradients * 1/scale, in float32
