@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .analysis.modules import check_patterns
-from .capture import checks, optim, optim_state
+from .capture import assumptions, checks, optim_state
 from .capture.step import Event, capture, to_step
 from .errors import CaptureError
 from .ir.graph import StepGraph
@@ -92,7 +92,7 @@ def compile_frame(
     record = _torch.current_record()
     assert record is not None, "the backend was called outside of torch.compile"
     for event in record.events:
-        optim.check(event.live(), event.where)
+        assumptions.check(event.live(), event.where)
     checks.check_frame(gm, record, state.last_break)
     if not checks.computes(gm):
         return gm.forward
@@ -221,8 +221,8 @@ def _binding(event: Event) -> OptimizerBinding:
         optim_state.fit_state(optimizer, event.places, event.state, event.where)
 
     def holds(optimizer: torch.optim.Optimizer) -> None:
-        if event.comparisons:
-            optim.check_comparisons(optimizer, event.comparisons, event.where)
+        if event.assumed is not None:
+            event.assumed.check(optimizer)
 
     keys = [(k.group, k.position, k.key) for k in event.state]
     return OptimizerBinding(event.optimizer, keys, fit, holds)

@@ -6,8 +6,6 @@ by element, and learning rate and step counts change between calls.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,7 +88,9 @@ def _run(kind: type[Optimizer], settings: Settings, shapes: list[tuple[int, ...]
 
     def step(slopes: list[Tensor]) -> None:
         opt.zero_grad()
-        torch.stack([(p * s).sum() for group in weights for p, s in zip(group, slopes, strict=True)]).sum().backward()
+        torch.stack(
+            [(p * s).sum() for group in weights for p, s in zip(group, slopes, strict=True)]
+        ).sum().backward()
         opt.step()
 
     return step, opt, weights
@@ -127,9 +127,13 @@ def test_equals_eager(name: str) -> None:
         expected = _values(theirs, their_weights)
         for what, value in _values(ours, our_weights).items():
             if what in expected:
-                message = f"call {call}, lr {rate}, {settings[int(what.split()[1])]}: {what}"
-                torch.testing.assert_close(
-                    value, expected[what], rtol=2e-5, atol=atol, equal_nan=True, msg=lambda m: f"{message}: {m}"
-                )
+                where = f"call {call}, lr {rate}, {settings[int(what.split()[1])]}: {what}"
+                close(value, expected[what], where, atol)
     assert mp.stats().steps == len(RATES)
     assert len(mp.graphs) == 1
+
+
+def close(actual: Tensor, expected: Tensor, where: str, atol: float) -> None:
+    torch.testing.assert_close(
+        actual, expected, rtol=2e-5, atol=atol, equal_nan=True, msg=lambda text: f"{where}: {text}"
+    )

@@ -22,4 +22,7 @@ from .inductor import decomposition as decomposition
 from .inductor import inductor_settings as inductor_settings
 from .inductor import mode_settings as mode_settings
 from .optimizer import get_value as get_value
+from .optimizer import has_own_step as has_own_step
+from .optimizer import has_step_hooks as has_step_hooks
+from .optimizer import note_step as note_step
 from .record import FrameRecord as FrameRecord

@@ -53,7 +53,9 @@ def trace(
     )
     fake_mode = TracingContext.get().fake_mode
     # torch.utils.checkpoint: capture/checkpoint.py recomputes, for several backward() and random numbers too
-    own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False)
+    own = functorch_config.patch(
+        remat_using_tags_for_fwd_loss_bwd_graph=False, unlift_effect_tokens=True
+    )
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
     with own, _without_onednn():
@@ -108,7 +110,7 @@ def python_values(truth: Callable[[torch.Tensor], bool]) -> Iterator[None]:
         yield
 
 
-def grad_with_forward_links(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
+def grad_with_forward_links(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """``torch.autograd.grad`` whose backward nodes carry the sequence number of their forward node.
 
     AOTAutograd sets this up for graphs it differentiates itself; in a step that
@@ -123,4 +125,4 @@ def grad_with_forward_links(outputs: Any, inputs: Any, **kwargs: Any) -> Any:
         if t.grad_fn is not None
     ]
     setup_stacktrace_preservation_hooks(roots)
-    return torch.autograd.grad(outputs, inputs, **kwargs)
+    return torch.autograd.grad(outputs, inputs, *args, **kwargs)

@@ -29,6 +29,8 @@ from .dynamo_common import (
 )
 from .record import StepEvent, StepParam
 
+_PLAIN = (bool, int, float, str, type(None))  # settings that a guard compares by value
+
 
 def optimizer_step(index: int, params: list[Any], grads: list[Any], dynamic: list[Any]) -> None:
     """The opaque node that stands for ``optimizer.step()`` in Dynamo's graph; never executed."""
@@ -128,12 +130,12 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | Non
             value = group.get(key)
             if key in written or key in ("params", "lr"):
                 continue
-            if not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            if type(value) not in (*_PLAIN, tuple, list):
                 continue
             at = DictGetItemSource(source, key)
-            items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+            items = enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]
             for position, item in items:
-                if not isinstance(item, (bool, int, float, str, type(None))):
+                if type(item) not in _PLAIN:
                     continue
                 item_source = at if position is None else GetItemSource(at, position)
                 variable = VariableTracker.build(tx, item, item_source).realize()

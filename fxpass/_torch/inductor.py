@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
+from .order import keep_old_values
 from .fusion import keep_order
 from .schedule import Program, Scratch, program_of, recording, tag_nodes
 
@@ -61,6 +62,7 @@ def compile_graph(
         inductor_config.patch(dict(settings)),
         small_cpu_kernels(),
         keep_order(),
+        keep_old_values(),
         no_output_strides(),
         inductor_config.patch(fx_graph_cache=False) if dry else contextlib.nullcontext(),
         V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),

@@ -1,7 +1,37 @@
-"""What torch.optim.Optimizer keeps to itself. Written for torch 2.11 to 2.13."""
+"""What torch.optim keeps to itself: step hooks, LR schedulers' marks. Written for torch 2.11 to 2.13."""
 
 from __future__ import annotations
 
-from torch.optim.optimizer import _get_value
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    _get_value,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
-get_value = _get_value  # the number in a step count, for the ordinary (not capturable) formulas
+get_value = _get_value  # the number in a step count, for the ordinary formulas
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks would run around ``optimizer.step()``: its own, or those of all optimizers."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def has_own_step(optimizer: Optimizer) -> bool:
+    """Whether ``step`` was replaced on the object; an LR scheduler's wrapper only notes that it ran."""
+    step = vars(optimizer).get("step")
+    if step is None:
+        return False
+    if not hasattr(step, "_wrapped_by_lr_sched"):
+        return True
+    return getattr(step, "__wrapped__", None) is not type(optimizer).step
+
+
+def note_step(optimizer: Optimizer) -> None:
+    """An LR scheduler warns about the order of calls unless ``step()`` was seen."""
+    vars(optimizer)["_opt_called"] = True

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 from enum import Enum
+from math import frexp, inf, isnan, ldexp, log2, nan
 
 import torch
 from torch.fx import Node
@@ -41,6 +42,27 @@ PINNED_ARGUMENTS = frozenset(
 
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})
+
+# Operators that add: a small operand counts by its size beside values near 1.
+SUMS = frozenset("add sub rsub".split())
+# Operators that bound their operand.
+_BOUNDS = frozenset("maximum minimum clamp clamp_min clamp_max".split())
+_PRODUCTS = frozenset("mul div".split())
+
+# Operators that fill a tensor with one number, and where it stands among their arguments.
+_NUMBER_AT = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
+# Operators whose result is full of the number that their input is full of.
+_SAME_NUMBER = VIEWS | frozenset("lift_fresh_copy _to_copy clone".split())
+
+# Functions that are infinite at zero: what they read keeps float32's digits (1 - p, an epsilon).
+LOGARITHMS = frozenset(
+    "log log1p log2 log10 logit xlogy special_entr atanh erfinv logaddexp binary_cross_entropy".split()
+)
+# Functions of single elements in HIGH, which arithmetic goes through.
+POINTWISE_HIGH = frozenset(
+    "exp expm1 exp2 pow float_power reciprocal rsqrt erf erfc tan acos asin atan sinh cosh asinh acosh sin "
+    "cos softplus log log1p log2 log10".split()
+)
 
 _LOW = """
 mm addmm bmm baddbmm mv addmv addr addbmm linear _addmm_activation convolution convolution_backward
@@ -166,36 +188,76 @@ def colour_of(target: object) -> Colour | None:
 def read_by_low_only(node: Node, kept: AbstractSet[Node]) -> bool:
     """Whether all readers, through views and dropout, are LOW and not ``kept``, or softmax's own backward."""
     passing = VIEWS | {"native_dropout", "native_dropout_backward", "clone", "mul", "_to_copy"}
-
-    def low(user: Node) -> bool:
+    pending, seen = list(node.users), set(node.users)
+    while pending:
+        user = pending.pop()
         name = op_name(user.target)
         if user in kept:
             return False
         if colour_of(user.target) is Colour.LOW or name == "_softmax_backward_data":
-            return True
-        return name in passing and read_by_low_only(user, kept)
-
-    return bool(node.users) and all(map(low, node.users))
+            continue
+        if name not in passing or not user.users:
+            return False
+        pending += [n for n in user.users if n not in seen]
+        seen.update(user.users)
+    return bool(node.users)
 
 
 def has_number_beyond(node: Node, limit: float) -> bool:
     """Whether a number among the arguments exceeds ``limit`` and is finite: a mask of -1e9, say."""
+    return any(isnan(v) or limit < abs(v) < inf for v in _numbers(node))
+
+
+def has_number_lost(node: Node, low: torch.dtype) -> bool:
+    """Whether ``low`` loses a number among the arguments.
+
+    A term of a sum is lost beside values near 1 (an epsilon of 1e-8), a bound or
+    a factor below the normal numbers, and any but a factor if it becomes a small
+    whole number (a bound of 1 - 1e-7).
+    """
+    info, name = torch.finfo(low), op_name(node.target)
+    smallest = info.eps / 2 if name in SUMS else info.tiny
+    numbers = _numbers(node)
+    if any(isnan(v) or 0 < abs(v) < smallest for v in numbers):
+        return True
+    return name not in _PRODUCTS and any(
+        abs(v) < 16 and v % 1 != 0 and _rounded(v, info.eps) % 1 == 0 for v in numbers
+    )
+
+
+def _rounded(value: float, eps: float) -> float:
+    """``value`` with as many digits as a dtype with that ``eps`` has."""
+    fraction, exponent = frexp(value)
+    bits = 1 - round(log2(eps))
+    return ldexp(round(ldexp(fraction, bits)), exponent - bits)
+
+
+def _numbers(node: Node) -> list[float]:
+    """The numbers that take part in the node's arithmetic; nan for one that cannot be known here."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return False
-    numbers = [v for a, v in zip(schema.arguments, node.args, strict=False) if a.type.kind() == "NumberType"]
-    numbers += [_constant(n) for n in node.all_input_nodes]
-    return any(isinstance(v, (int, float)) and limit < abs(v) < float("inf") for v in numbers)
+        return []
+    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    found = [given.get(a.name) for a in schema.arguments if _is_number(a.type)]
+    found += [_constant(n, op_name(node.target)) for n in node.all_input_nodes]
+    return [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
-def _constant(node: Node) -> object:
-    """The number in a 0-d tensor made of one, which takes part in arithmetic without widening it."""
-    while op_name(node.target) in ("lift_fresh_copy", "_to_copy", "alias", "detach", "clone"):
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    if op_name(node.target) == "scalar_tensor":
-        return node.args[0]
-    if op_name(node.target) == "full" and node.args[0] == []:
-        return node.args[1]
-    if node.op == "get_attr" and node.meta["val"].ndim == 0:
-        return torch.finfo(torch.float32).max  # its value cannot be read while tracing: assume the worst
-    return None
+def _is_number(kind: torch._C.JitType) -> bool:
+    if isinstance(kind, torch._C.OptionalType):
+        kind = kind.getElementType()
+    return kind.kind() in ("NumberType", "FloatType", "TensorType")  # add.Tensor(x, 1e-8): a number as tensor
+
+
+def _constant(node: Node, user: str) -> object:
+    """The number that a tensor is full of; one without dimensions does not widen what it meets."""
+    while op_name(node.target) in _SAME_NUMBER and isinstance(node.args[0], Node):
+        node = node.args[0]
+    name = op_name(node.target)
+    if name in _NUMBER_AT:
+        return node.args[_NUMBER_AT[name]]
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.ndim > 0 or not value.is_floating_point():
+        return None
+    unknown = node.op == "get_attr" or (node.op == "placeholder" and user in SUMS | _BOUNDS)
+    return nan if unknown else None

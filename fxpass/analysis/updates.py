@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import Phase, Role, StepGraph, origin, phase, source
-from ..ir.marks import GRAD, MARK
+from ..ir.marks import GRAD, MARK, UPDATE
 
 aten = torch.ops.aten
 
@@ -51,6 +51,14 @@ def update_groups(step: StepGraph) -> list[UpdateGroup]:
 
 def gradients_behind(nodes: set[Node]) -> list[Node]:
     """The GRAD marks that values depend on."""
+    return marks_behind(nodes, GRAD)
+
+
+def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[Node]:
+    """The marks of ``role`` that values depend on, up to the GRAD marks.
+
+    ``guarded``: the value of an UPDATE mark depends only on the one it replaces, as on a skipped step.
+    """
     found: dict[Node, None] = {}
     seen: set[Node] = set()
     stack = list(nodes)
@@ -59,11 +67,40 @@ def gradients_behind(nodes: set[Node]) -> list[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if node.target is MARK and node.args[1] == GRAD:
+        if node.target is MARK and node.args[1] == role:
             found[node] = None
+        if node.target is MARK and node.args[1] == GRAD:
             continue
-        stack += [n for n in node.all_input_nodes if n.op != "placeholder"]
+        stack += [n for n in _depends_on(node, guarded) if n.op != "placeholder"]
     return list(found)
+
+
+def _depends_on(node: Node, guarded: bool) -> list[Node]:
+    """What the value is computed from: a copy says nothing of what it overwrites, nor does a guarded update."""
+    if node.target is aten.copy.default:
+        return [source(node, 1)]
+    if guarded and node.target is MARK and node.args[1] == UPDATE:
+        return [source(node, 3)]
+    return node.all_input_nodes
+
+
+def follows_gradient(step: StepGraph) -> list[Node]:
+    """Writes of values that depend on a gradient although updates are guarded: the user's statistics of it.
+
+    A parameter after its guarded update is clean: what is made of it follows eager.
+    """
+    scaler = set(step.scaler.values())
+    tainted: set[Node] = set()
+    found = []
+    for node in step.graph.nodes:
+        if node.target is MARK and node.args[1] == GRAD:
+            tainted.add(node)
+        elif node.target is aten.copy_.default:
+            if source(node, 1) in tainted and source(node) not in scaler:
+                found.append(node)
+        elif not tainted.isdisjoint(_depends_on(node, guarded=True)):
+            tainted.add(node)
+    return found
 
 
 def _body(write: Node) -> set[Node]:

@@ -7,6 +7,8 @@ has decided, and the user asked for float32 from here on.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -26,8 +28,9 @@ def spell_out_casts(graph: Graph) -> None:
     """
     for node in graph.nodes:
         if _asks_for_float32(node) and _is_float32(node.args[0]) and not _changed_in_place(node):
+            kwargs = {"dtype": torch.float32, **_asked_besides(node)}
             node.op, node.target = "call_function", torch.ops.aten._to_copy.default
-            node.args, node.kwargs = node.args[:1], {"dtype": torch.float32}
+            node.args, node.kwargs = node.args[:1], kwargs
 
 
 def _asks_for_float32(node: Node) -> bool:
@@ -37,6 +40,21 @@ def _asks_for_float32(node: Node) -> bool:
     return node.target == "float" or torch.float32 in asked
 
 
+def _asked_besides(node: Node) -> dict[str, Any]:
+    """What ``x.to(...)`` asks for besides float32, where it is not what ``x`` has: a device, a memory format."""
+    x = node.args[0].meta["example_value"]  # pyright: ignore[reportAttributeAccessIssue]
+    found: dict[str, Any] = {}
+    for name, value in (*(("", a) for a in node.args[1:]), *node.kwargs.items()):
+        if isinstance(value, torch.memory_format) and value is not torch.preserve_format:
+            found["memory_format"] = value
+        elif name == "device" or (name == "" and isinstance(value, (str, torch.device))):
+            device = node.meta["example_value"].device
+            found |= {} if device == x.device else {"device": device}
+    if "device" in found and node.kwargs.get("non_blocking"):
+        found["non_blocking"] = True
+    return found
+
+
 def _is_float32(node: object) -> bool:
     value = node.meta.get("example_value") if isinstance(node, Node) and node.op != "placeholder" else None
     return isinstance(value, Tensor) and value.dtype is torch.float32
@@ -44,10 +62,11 @@ def _is_float32(node: object) -> bool:
 
 def _changed_in_place(node: Node) -> bool:
     """Whether a method, an operator (``+=``) or an ``out=`` writes to the value or to a view of it."""
-    for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name in WRITES or (name.endswith("_") and not name.startswith("_")) or "out" in user.kwargs:
-            return True
-        if name in _SAME_STORAGE and _changed_in_place(user):
-            return True
+    views = [node]
+    for view in views:
+        for user in view.users:
+            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            if name in WRITES or (name.endswith("_") and not name.startswith("_")) or "out" in user.kwargs:
+                return True
+            views += [user] if name in _SAME_STORAGE else []
     return False

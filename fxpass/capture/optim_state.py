@@ -161,17 +161,20 @@ def _initial_state_of_torch(optimizer: Optimizer, group: int, param: Tensor, whe
         init_group(other, settings, *lists)
     state = _present(other.state.get(proxy, {}))
     if isinstance(optimizer, torch.optim.SGD) and settings["momentum"] != 0:
-        state["momentum_buffer"] = torch.full_like(param.detach(), empty_momentum(settings))
+        state["momentum_buffer"] = torch.full_like(param.detach(), EMPTY_MOMENTUM)
     return state
 
 
-def empty_momentum(group: dict[str, Any]) -> float:
-    """What stands for SGD's "no buffer yet", the first gradient becoming the buffer.
+# SGD's "no buffer yet", the first gradient becoming the buffer: -0.0 throughout. From zeros the update
+# rule gives just that, unless it dampens: then prime_momentum tells them from what a step has written.
+EMPTY_MOMENTUM = -0.0
 
-    From zeros the update rule gives just that, unless it dampens: then it is
-    -0.0 throughout, which :func:`prime_momentum` tells from any buffer a step has written.
-    """
-    return 0.0 if group["dampening"] == 0 else -0.0
+
+def dampens(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the first gradient enters SGD's buffer differently from later ones."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return False
+    return all(isinstance(group[key], Tensor) or group[key] != 0 for key in ("momentum", "dampening"))
 
 
 def prime_momentum(buffer: Tensor, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -182,6 +185,18 @@ def prime_momentum(buffer: Tensor, param: Tensor, grad: Tensor, group: dict[str,
     grad = (-grad if group["maximize"] else grad) + group["weight_decay"] * param
     empty = (torch.signbit(buffer) & (buffer == 0)).all()
     return torch.where(empty, grad * (group["dampening"] / group["momentum"]), buffer)
+
+
+def first_rate(optimizer: Optimizer, key: str, value: Tensor, step: Tensor, lr: Any) -> Tensor:
+    """``value`` of the state; before its first step, the learning rate that eager would start it from.
+
+    Eager makes the state at the first step that is not skipped, with the learning rate of then.
+    """
+    started = {torch.optim.ASGD: "eta", torch.optim.Rprop: "step_size"}
+    if not any(isinstance(optimizer, kind) and key == name for kind, name in started.items()):
+        return value
+    lr = lr.to(value.dtype) if isinstance(lr, Tensor) else torch.full_like(step, lr, dtype=value.dtype)
+    return torch.where(step == 0, lr, value)
 
 
 def filled_momentum(buffer: Tensor) -> Tensor:

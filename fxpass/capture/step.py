@@ -20,10 +20,11 @@ from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Role, StepGraph, Update
 from . import optim, optim_state, phases
+from .assumptions import Assumptions
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
+from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
-from .scalars import Comparison
 from .writes import hide_writes
 
 
@@ -37,7 +38,7 @@ class Event:
     groups: int
     where: str
     dynamic: list[tuple[int, str, int | None]]
-    comparisons: list[Comparison] = field(default_factory=list)
+    assumed: Assumptions | None = None  # known when the update is traced
 
 
 @dataclass
@@ -140,7 +141,7 @@ def _expand_optimizer(
             places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs
         )
         with annotate({"fxpass": "update"}):
-            event.comparisons = optim.run_step(optimizer, tensors, first, event.where)
+            event.assumed = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand
     device = optim_state.parameter(optimizer, *places[0]).device
@@ -192,6 +193,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
     """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
+    drop_tokens(gm.graph)
     phases.mark_backward(gm.graph)
     recompute_checkpoints(gm.graph)
     step = StepGraph(gm, outputs=captured.outputs)

@@ -93,6 +93,8 @@ class StepGraph:
     checked: list[tuple[Node, Node]] = field(
         default_factory=list
     )  # (GRAD mark, the value whose finiteness decides)
+    # set by check_finite, by READ mark that the user's code has edited: the value whose finiteness decides
+    edited: dict[Node, Node] = field(default_factory=dict)
     clipped: Node | None = None  # set by the clip passes: a 0-d bool, whether one of them acted
     written: dict[str, Node] = field(default_factory=dict)  # new value of a scaler input, by field name
 

@@ -69,7 +69,7 @@ def _lower(
     facts.seconds = time.perf_counter() - start
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
-        return _outlined(step, units, facts, inputs, settings, dry)
+        return _outlined(step, units, facts, inputs, settings, dry, check=options.verify)
     whole = _whole(step, inputs, settings, dry)
     return _lowered(facts, whole.call, [whole], {})
 
@@ -88,10 +88,12 @@ def _outlined(
     inputs: Sequence[Any],
     settings: Mapping[str, Any],
     dry: bool,
+    *,
+    check: bool,
 ) -> Lowered:
     first = {unit.key: unit for unit in reversed(units)}
     graphs = {key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for key, unit in first.items()}
-    calls = call_units(step, units)
+    calls = call_units(step, units, check=check)
     main = _whole(step, inputs, settings, dry)
     compiled = {
         key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)

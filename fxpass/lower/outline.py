@@ -9,7 +9,7 @@ them, each where it stood.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.fx.node import map_arg
 
 from .. import _torch
 from ..analysis.updates import UpdateGroup, update_groups
+from ..ir.alias import input_storages, written
 from ..ir.graph import Phase, StepGraph, phase
+from ..ir.verify import check_hazards, failure
 from .scalars import hold_scalars
 
 aten = torch.ops.aten
@@ -52,6 +54,11 @@ class Unit:
     def inputs(self) -> list[Node]:
         return self.writes + self.reads
 
+    @property
+    def place(self) -> Node:
+        """The first write, where the call will stand."""
+        return next(n for n in self.nodes if n.target is aten.copy_.default)
+
 
 def find_units(step: StepGraph) -> list[Unit]:
     """The updates that occur at least twice and that nothing else in the graph reads."""
@@ -66,10 +73,45 @@ def find_units(step: StepGraph) -> list[Unit]:
         reads = [n for n in inputs if n not in writes and n not in group.writes]
         if all(isinstance(n.meta["val"], Tensor) for n in reads):
             units.append(Unit(nodes, writes, reads, _key(nodes, writes + reads)))
+    units = _in_order(step, units, order)
     counts: dict[str, int] = {}
     for unit in units:
         counts[unit.key] = counts.get(unit.key, 0) + 1
     return [unit for unit in units if counts[unit.key] > 1]
+
+
+def _in_order(step: StepGraph, units: list[Unit], order: dict[Node, int]) -> list[Unit]:
+    """The units that can run as one where their first write stands.
+
+    All that a unit reads is then read later, all that it writes is written
+    earlier than in the graph: an update that reads what another one has
+    overwritten by then (a neighbour's old weight) stays in the graph.
+    """
+    lies = input_storages(step.graph)
+
+    def inputs(nodes: Iterable[Node]) -> set[Node]:
+        return {base for node in nodes for base in lies.get(node, ())}
+
+    # in a unit's own graph, a view of what it writes would be an input unrelated to it
+    units = [unit for unit in units if inputs(unit.reads).isdisjoint(unit.writes)]
+    while True:
+        inside = {node: unit for unit in units for node in unit.nodes}
+        actions = [(order[u.place], u, inputs(u.reads), set(u.writes)) for u in units]
+        actions += [
+            (order[n], None, inputs(n.all_input_nodes), inputs(written(n)))
+            for n in step.nodes()
+            if n not in inside
+        ]
+        writers = {base: (place, unit) for place, unit, _, writes in actions for base in writes}
+        late: list[Unit] = []
+        for place, unit, reads, _ in actions:
+            for base in reads & writers.keys():
+                written_at, writer = writers[base]
+                if written_at < place and (reader := unit or writer) is not None:
+                    late.append(reader)
+        if not late:
+            return units
+        units = [unit for unit in units if not any(unit is other for other in late)]
 
 
 def _is_read_elsewhere(group: UpdateGroup) -> bool:
@@ -118,12 +160,15 @@ def to_graph(unit: Unit) -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
-def call_units(step: StepGraph, units: list[Unit]) -> list[Node]:
-    """Replace the nodes of each unit by one call, where its first write stood; returns the calls."""
+def call_units(step: StepGraph, units: list[Unit], *, check: bool = True) -> list[Node]:
+    """Replace the nodes of each unit by one call, where its first write stood; returns the calls.
+
+    Raises:
+        VerifyError: with ``check``, where something would read what a call has overwritten.
+    """
     calls = []
     for number, unit in enumerate(units):
-        first = next(n for n in unit.nodes if n.target is aten.copy_.default)
-        with step.graph.inserting_before(first):
+        with step.graph.inserting_before(unit.place):
             call = step.graph.call_function(
                 torch.ops.fxpass.update.default, (unit.writes, unit.reads, number)
             )
@@ -133,6 +178,8 @@ def call_units(step: StepGraph, units: list[Unit]) -> list[Node]:
             if not node.users:
                 step.graph.erase_node(node)
     step.graph.eliminate_dead_code()
+    if check:
+        check_hazards(step.graph, failure("outlining"))
     return calls
 
 

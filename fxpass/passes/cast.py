@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from ..analysis.delicate import delicate
 from ..analysis.modules import nodes_kept
 from ..analysis.nodes import has_double, input_dtype, is_cast, widened_from
 from ..analysis.policy import (
@@ -21,10 +22,11 @@ from ..analysis.policy import (
     Colour,
     colour_of,
     has_number_beyond,
+    has_number_lost,
     op_name,
     read_by_low_only,
 )
-from ..ir.alias import keeps_elements
+from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
@@ -34,6 +36,8 @@ aten = torch.ops.aten
 Choice = Callable[[Node, str], "torch.dtype | None"]
 Caster = Callable[[Node, Node, torch.dtype, str], Node]
 MASKS = ("attn_mask", "attn_bias")
+# Of the norms' backwards: where the weight stands among the arguments, and where its shape does.
+WEIGHT_OF = {"native_layer_norm_backward": (5, 2), "native_group_norm_backward": (4, 6)}
 MASKED = -1  # where the memo has a segment for weights
 
 
@@ -67,6 +71,8 @@ class _Caster:
         self.original = {n: tensor(n).dtype for n in step.graph.nodes if is_float(n)}
         self.weights = self._weights()
         self.kept = nodes_kept(step, settings.keep_fp32)
+        self.delicate = delicate(step, self.low)
+        self.undelicate = {n.meta["seq_nr"] for n in self.delicate if "seq_nr" in n.meta}
         self.made_in: dict[Node, int] = {}  # the user's own low copies of weights, and their segment
         self.wide: set[object] = set()  # sequence numbers of forward arithmetic that ran in float32
         self.segment = 0  # a weight's casts are shared within one forward or one backward
@@ -98,6 +104,7 @@ class _Caster:
     def _visit(self, node: Node) -> None:
         if node.target is operator.getitem:
             self.edit.refresh(node)
+            self._settle(node)
             return
         floats = [n for n in node.all_input_nodes if is_float(n)]
         if not floats or _drop_if_idle(node, self.edit):
@@ -154,15 +161,19 @@ class _Caster:
             return Colour.FOLLOW
         if name == "_softmax_backward_data" and tensor(source(node, 1)).dtype == self.low:
             return Colour.BACKWARD_FOLLOW
-        if colour is Colour.FOLLOW and has_number_beyond(node, torch.finfo(self.low).max):
-            return Colour.HIGH
-        if colour is Colour.FOLLOW and name not in VIEWS and self._undoes_wide(node):
-            return Colour.HIGH
-        return colour
+        follows = colour in (Colour.FOLLOW, Colour.WIDEST, Colour.BACKWARD_FOLLOW) and name not in VIEWS
+        return Colour.HIGH if follows and self._needs_digits(node, colour) else colour
 
-    def _undoes_wide(self, node: Node) -> bool:
-        """Whether a node of backward belongs to forward arithmetic in float32: a scale of 1e-6, say."""
-        return phase(node) is Phase.BACKWARD and node.meta.get("seq_nr", self) in self.wide
+    def _needs_digits(self, node: Node, colour: Colour) -> bool:
+        """Whether low precision loses a number that the node reads or, in backward, that its forward read."""
+        if phase(node) is Phase.BACKWARD:
+            wide = self.wide if colour is Colour.FOLLOW else self.undelicate
+            if node.meta.get("seq_nr", self) in wide:
+                return True
+        if colour is Colour.BACKWARD_FOLLOW:
+            return False
+        limit = torch.finfo(self.low).max
+        return node in self.delicate or has_number_beyond(node, limit) or has_number_lost(node, self.low)
 
     def _apply(self, node: Node, colour: Colour) -> None:
         name = op_name(node.target)
@@ -174,12 +185,7 @@ class _Caster:
         elif colour is Colour.HIGH:
             self._cast_args(node, lambda *_: torch.float32, f"{name} runs in float32")
         elif colour is Colour.NORM:
-            dtype = input_dtype(node)
-            self._cast_args(
-                node,
-                lambda _, arg: dtype if arg in ACTIVATIONS else torch.float32,
-                f"{name} follows its input; statistics stay float32",
-            )
+            self._apply_norm(node, name)
         elif colour is Colour.BACKWARD_FOLLOW:
             saved = next((n for n in node.args[1:] if is_float(n)), node.args[0])
             self._cast_args(node, lambda *_: tensor(saved).dtype, f"{name} follows what forward saved")
@@ -189,6 +195,49 @@ class _Caster:
             self._cast_args(node, lambda *_: widest, f"{name} needs one dtype")
         if name in ("_softmax_backward_data", "_log_softmax_backward_data"):
             self._set_input_dtype(node)
+
+    def _apply_norm(self, node: Node, name: str) -> None:
+        dtype = input_dtype(node)
+        self._cast_args(
+            node,
+            lambda _, arg: dtype if arg in ACTIVATIONS else torch.float32,
+            f"{name} follows its input; statistics stay float32",
+        )
+        if dtype is torch.float32:
+            return
+        if name in WEIGHT_OF and node.args[WEIGHT_OF[name][0]] is None:
+            self._give_weight(node, *WEIGHT_OF[name])
+        if name == "_fused_rms_norm" and node.args[3] is None:  # would be that of the low dtype
+            self.edit.set_arg(node, 3, torch.finfo(torch.float32).eps)
+
+    def _give_weight(self, node: Node, weight: int, shape: int) -> None:
+        """Kernels take float32 statistics beside a low input only with a float32 weight."""
+        sizes = node.args[shape] if isinstance(node.args[shape], (list, tuple)) else [node.args[shape]]
+        device = tensor(node.args[0]).device
+        with self.edit.before(node):
+            ones = self.edit.call(
+                aten.full.default,
+                sizes,
+                1.0,
+                dtype=torch.float32,
+                device=device,
+                when=phase(node),
+                reason="float32 statistics ask for a float32 weight",
+            )
+        self.edit.set_arg(node, weight, ones)
+
+    def _settle(self, result: Node) -> None:
+        """Give an input gradient the dtype that the kernel writes, whatever its shape function says."""
+        norm = source(result)
+        if op_name(norm.target) != "native_group_norm_backward" or result.args[1] != 0:
+            return
+        dtype = input_dtype(norm)
+        if tensor(result).dtype == dtype or origin(next(iter(result.users), result)) is not None:
+            return
+        with self.edit.after(result):
+            reason = "the gradient of a norm's input has its dtype"
+            settled = self.edit.cast(result, dtype, when=phase(result), reason=reason)
+        self.edit.replace_uses(result, settled, keep=lambda user: user is settled)
 
     def _low(self, node: Node) -> torch.dtype:
         """The compute dtype, unless all is in another low one: the user's bfloat16 in a float16 step."""
@@ -235,43 +284,61 @@ class _Caster:
 
         A plain cast makes it -inf, and attention over a row of nothing else nan.
         """
-        key = (mask, dtype, MASKED)
-        if key not in self.memo:
-            call = partial(self.edit.call, when=phase(user), reason=reason)
-            is_view = op_name(mask.target) in VIEWS and is_float(mask.args[0])
-            base = self._cast_mask(user, source(mask), dtype, reason) if is_view else mask
-            with self.edit.before(user):
-                if is_view:  # of the cast: some kernels ask for the strides it has
-                    new = call(mask.target, base, *mask.args[1:])  # pyright: ignore[reportArgumentType]
-                else:
-                    finite = call(aten.clamp.default, mask, torch.finfo(dtype).min)
-                    infinite = call(aten.eq.Scalar, mask, -math.inf)
-                    wide = call(aten.where.ScalarSelf, infinite, -math.inf, finite)
-                    new = self.edit.cast(wide, dtype, when=phase(user), reason=reason)
-            self.memo[key] = new
-        return self.memo[key]
+        call = partial(self.edit.call, when=phase(user), reason=reason)
+        views: list[Node] = []
+        while (new := self.memo.get((mask, dtype, MASKED))) is None and is_view(mask) and is_float(mask.args[0]):
+            views.append(mask)
+            mask = source(mask)
+        with self.edit.before(user):
+            if new is None:
+                finite = call(aten.clamp.default, mask, torch.finfo(dtype).min)
+                infinite = call(aten.eq.Scalar, mask, -math.inf)
+                wide = call(aten.where.ScalarSelf, infinite, -math.inf, finite)
+                new = self.memo[mask, dtype, MASKED] = self.edit.cast(
+                    wide, dtype, when=phase(user), reason=reason
+                )
+            for view in reversed(views):  # of the cast: some kernels ask for the strides it has
+                new = self.memo[view, dtype, MASKED] = call(_target(view), new, *view.args[1:])
+        return new
 
     def _cast(self, user: Node, value: Node, dtype: torch.dtype, reason: str) -> Node:
         """``value`` in ``dtype`` before ``user``: what it was widened from, an earlier cast, or a new one."""
+        when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
+        views: list[Node] = []
+        while (new := self._at_hand(value, dtype)) is None:
+            if value in self.made_in and is_cast(value, dtype):
+                value, reason = source(value), "a weight's copy does not wait for backward"
+            elif self._is_cast_below(value, dtype):
+                views.append(value)
+                value = source(value)
+            else:
+                break
+        with self.edit.before(user):
+            if new is None:
+                new = self.edit.cast(value, dtype, when=when, reason=reason)
+                self.memo[self._key(value, dtype)] = new
+            for view in reversed(views):
+                new = self.edit.call(_target(view), new, *view.args[1:], when=when, reason=reason)
+                self.memo[self._key(view, dtype)] = new
+        return new
+
+    def _key(self, value: Node, dtype: torch.dtype) -> tuple[Node, torch.dtype, int | None]:
+        return value, dtype, self.segment if value in self.weights else None
+
+    def _at_hand(self, value: Node, dtype: torch.dtype) -> Node | None:
+        """``value`` in ``dtype``, if it has been cast already or is an exact copy of such a tensor."""
         if (narrow := widened_from(value)) is not None and tensor(narrow).dtype == dtype:
             return narrow
-        key = (value, dtype, self.segment if value in self.weights else None)
-        if key not in self.memo:
-            when = phase(user) if phase(user) is not Phase.OUTPUT else Phase.FORWARD
-            if value in self.made_in and is_cast(value, dtype):
-                return self._cast(user, source(value), dtype, "a weight's copy does not wait for backward")
-            shared = value in self.weights or dtype == self.low
-            if keeps_elements(value) and shared and is_float(value.args[0]):
-                # an RNN transposes its weight at every time step, two products read a gradient in
-                # two shapes: cast it once, look at that
-                base = self._cast(user, source(value), dtype, reason)
-                with self.edit.before(user):
-                    new = self.edit.call(value.target, base, *value.args[1:], when=when, reason=reason)  # pyright: ignore[reportArgumentType]
-            else:
-                with self.edit.before(user):
-                    new = self.edit.cast(value, dtype, when=when, reason=reason)
-            self.memo[key] = new
-        return self.memo[key]
+        return self.memo.get(self._key(value, dtype))
+
+    def _is_cast_below(self, value: Node, dtype: torch.dtype) -> bool:
+        """Whether to cast what a view looks at, and look at that.
+
+        An RNN transposes its weight at every time step, two products read a
+        gradient in two shapes: one cast is enough.
+        """
+        shared = value in self.weights or dtype == self.low
+        return shared and keeps_elements(value) and is_float(value.args[0])
 
     def _refresh(self, node: Node) -> None:
         try:
@@ -286,6 +353,11 @@ class _Caster:
         for value in output.all_input_nodes:
             if self._changed(value):
                 output.replace_input_with(value, self._cast(output, value, self.original[value], reason))
+
+
+def _target(node: Node) -> Callable[..., object]:
+    assert callable(node.target), f"{node.name} is not a call"
+    return node.target
 
 
 def _drop_if_idle(node: Node, edit: Editor) -> bool:

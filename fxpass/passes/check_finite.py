@@ -11,8 +11,8 @@ from torch.fx import Node
 from ..analysis.updates import gradients_behind
 from ..ir.alias import is_view
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, source, tensor
-from ..ir.marks import GRAD, READ
+from ..ir.graph import Phase, StepGraph, origin, source, tensor
+from ..ir.marks import GRAD, MARK, READ
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -30,6 +30,9 @@ class CheckFinite(GraphPass):
     (65504**2 times 1e28 elements still fits), in float64 for the others. Both
     are one loop over the gradient. Of a float16 gradient, elements below the
     normal numbers (underflow) are counted, in a sample of its rows if it is large.
+
+    A gradient that the user's code changes on its way to the optimizer is
+    checked again as the optimizer reads it.
 
     The verdict of an optimizer is over the gradients of all optimizers that
     stepped up to the same backward.
@@ -50,19 +53,19 @@ class CheckFinite(GraphPass):
         if not finite:
             edit.decline("no gradient reaches an optimizer")
             return
-        verdicts: dict[int, Node] = {}
+        step.edited = {read: _largest(edit, read) for read in sources if _is_edited(read)}
+        event_of = dict(zip(sources, step.read_events, strict=True))
+        verdicts: dict[tuple[Node, ...], Node] = {}
         for event, backwards in enumerate(step.backwards_before):
-            if backwards not in verdicts:
-                events = {e for e, b in enumerate(step.backwards_before) if b <= backwards}
-                read = [
-                    found
-                    for (_, found), e in zip(sources.items(), step.read_events, strict=True)
-                    if e in events
-                ]
-                values = [value for mark, value in finite.items() if any(mark in found for found in read)]
+            reads = [read for read in sources if step.backwards_before[event_of[read]] <= backwards]
+            marks = {mark for read in reads for mark in sources[read]}
+            values = [value for mark, value in finite.items() if mark in marks]
+            # an edit before a later optimizer's step may come after this one's
+            values += [value for read, value in step.edited.items() if event_of[read] <= event]
+            if tuple(values) not in verdicts:
                 with edit.after(edit.last(values)):
-                    verdicts[backwards] = _any_non_finite(edit, values)
-            step.found_inf[event] = verdicts[backwards]
+                    verdicts[tuple(values)] = _any_non_finite(edit, values)
+            step.found_inf[event] = verdicts[tuple(values)]
         step.checked = sorted(finite.items(), key=lambda item: born[item[0]])
 
     def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> Node:
@@ -86,6 +89,35 @@ class CheckFinite(GraphPass):
             if dtype is torch.float16:
                 step.tiny[mark] = _count_tiny(edit, mark)
         return step.largest[mark]
+
+
+def _largest(edit: Editor, read: Node) -> Node:
+    """The largest magnitude of a gradient as the optimizer reads it."""
+
+    def call(target: Any, *args: Any) -> Node:
+        return edit.call(target, *args, when=Phase.CHECK, reason="finite check of what the user's code left")
+
+    with edit.before(read):
+        return call(aten.amax.default, call(aten.abs.default, source(read)), [])
+
+
+def _is_edited(read: Node) -> bool:
+    """Whether an optimizer reads more than gradients as they left backward, unscaled and added up."""
+    if tensor(read).numel() == 0:
+        return False
+    stack = [source(read)]
+    while stack:
+        node = stack.pop()
+        made = origin(node)
+        if (node.target is MARK and node.args[1] == GRAD) or node.target is aten.zeros_like.default:
+            continue
+        if node.target is aten.add.Tensor and not node.kwargs:
+            stack += node.all_input_nodes
+        elif is_view(node) or node.target is aten.clone.default or (made and made.pass_name == "unscale"):
+            stack.append(source(node))
+        else:
+            return True
+    return False
 
 
 def _count_tiny(edit: Editor, mark: Node) -> tuple[Node, Node, int]:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, source, tensor
+from ..ir.graph import Phase, StepGraph, source
 from ..ir.marks import READ, UPDATE
 from .base import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
@@ -63,17 +63,13 @@ class ClipAdaptive(GraphPass):
 
 
 def _parameters(step: StepGraph) -> list[Node]:
-    """The parameter of every READ mark, as its update finds it: an earlier optimizer may have changed it."""
+    """The parameter of every READ mark, as its update finds it: the user or an earlier optimizer may have
+    changed it."""
     marks = step.marks(UPDATE)
-    current: dict[Node, Node] = {}
     found = []
     for event in range(len(step.backwards_before)):
         updates = [u for u in step.updates if u.event == event]
         reads = [r for r, e in zip(step.marks(READ), step.read_events, strict=True) if e == event]
         # an event's updates are its parameters, in the order of their gradients, then its state
-        for _, update in zip(reads, updates, strict=False):
-            parameter = current.get(update.old, update.old)
-            assert tensor(parameter).dtype == tensor(update.old).dtype
-            found.append(parameter)
-        current.update({update.old: marks[update.index] for update in updates})
+        found += [source(source(marks[u.index], 3)) for _, u in zip(reads, updates, strict=False)]
     return found

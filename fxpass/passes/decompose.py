@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .. import _torch
+from ..analysis.nodes import is_cast
 from ..analysis.policy import op_name
+from ..ir.alias import is_view
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, phase
+from ..ir.graph import Phase, StepGraph, is_float, phase, source, tensor
 from ..ir.marks import SEED
 from .base import GraphPass
 
@@ -31,7 +34,9 @@ class Decompose(GraphPass):
     A layer norm is two statistics per row and a formula per element: once it is
     split, the recompute pass can keep the statistics and repeat the formula.
     The parts are those Inductor would split it into later. Precision has been
-    decided before: the policy knows the whole operators.
+    decided before: the policy knows the whole operators. Statistics are float32,
+    as the kernels return them; the decompositions would round them on CPU, where
+    1 / sqrt(variance + 1e-12) may not fit into float16.
     """
 
     name: ClassVar[str] = "decompose"
@@ -45,9 +50,36 @@ class Decompose(GraphPass):
                 continue
             name = op_name(node.target)
             if name in SPLIT:
-                edit.expand(node, _torch.decomposition(node), reason=f"the parts of {name}")
+                self._split(edit, node, f"the parts of {name}")
             elif node.target is aten.native_dropout.default:
                 _split_dropout(edit, node)
+
+    def _split(self, edit: Editor, node: Node, reason: str) -> None:
+        body = _torch.decomposition(node)
+        _keep_statistics(body)
+        statistics = [user for user in node.users if user.target is operator.getitem and user.args[1] != 0]
+        readers = [reader for result in statistics for reader in result.users]
+        edit.expand(node, body, reason=reason)
+        for reader in readers:  # which may have been told that a statistic is rounded
+            if is_view(reader):
+                edit.refresh(reader)
+                readers += reader.users
+            elif is_cast(reader, torch.float32) and tensor(source(reader)).dtype is torch.float32:
+                edit.replace_uses(reader, source(reader))
+                edit.erase(reader)
+
+
+def _keep_statistics(body: GraphModule) -> None:
+    """Let the results behind the first, a norm's statistics, leave without being rounded."""
+    output = next(n for n in reversed(body.graph.nodes) if n.op == "output")
+    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+    for result in results[1:]:
+        while isinstance(result, Node) and is_view(result):
+            result = result.args[0]
+        if isinstance(result, Node) and result.target is torch.ops.prims.convert_element_type.default:
+            wide = source(result)
+            if tensor(wide).dtype is torch.float32 and is_float(result):
+                result.replace_all_uses_with(wide)
 
 
 def _split_dropout(edit: Editor, node: Node) -> None:

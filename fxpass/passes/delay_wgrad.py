@@ -71,7 +71,9 @@ def _freed(node: Node, order: dict[Node, int]) -> int:
 
 
 def _last(value: Node, order: dict[Node, int]) -> int:
-    last = order[value]
-    for user in value.users:
-        last = max(last, _last(user, order) if is_view(user) else order[user])
+    last, views = order[value], [value]
+    for view in views:
+        for user in view.users:
+            last = max(last, order[user])
+            views += [user] if is_view(user) else []
     return last

@@ -71,6 +71,7 @@ class Embedding(GraphPass):
         with edit.before(last):
             device = tensor(grad).device
             flat = call(aten.reshape.default, ids, [positions])
+            flat = edit.cast(flat, torch.int64, when=Phase.BACKWARD, reason="scatter takes no other indices")
             values = call(
                 aten.reshape.default,
                 edit.cast(grad, torch.float32, when=Phase.BACKWARD, reason=REASON),

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..analysis.nodes import is_large
 from ..analysis.updates import update_groups
-from ..ir.alias import is_view
+from ..ir.alias import input_storages
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from .base import GraphPass
@@ -38,17 +38,18 @@ class Release(GraphPass):
     release: bool = False
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        order = {n: i for i, n in enumerate(step.graph.nodes)}
-        plans = [_plan(order, [node]) for node in step.nodes() if _reduces_a_gradient(node)]
+        mover = _Mover(step)
+        for node in step.nodes():
+            if _reduces_a_gradient(node):
+                mover.plan([node])
         if self.skip == "step" and not self.release:
             edit.decline("one verdict over all gradients: every update waits for the last of them")
         else:
             for group in update_groups(step):
-                plans.append(_plan(order, group.writes))
-                if plans[-1] is None:
+                if not mover.plan(group.writes):
                     name = step.names.get(source(group.writes[0]), "?")
                     edit.decline(f"{name}: its update needs no gradient")
-        _move(edit, sorted((p for p in plans if p is not None), key=lambda plan: order[plan.anchor]))
+        mover.move(edit)
 
 
 def _reduces_a_gradient(node: Node) -> bool:
@@ -57,54 +58,65 @@ def _reduces_a_gradient(node: Node) -> bool:
     return phase(node) in (Phase.GRADIENT, Phase.CHECK) and not is_large(node) and any(map(is_large, inputs))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
-    """Nodes that may stand right behind ``anchor``, in order."""
+    """Nodes that move up together, as far as what they read and what they overwrite allow."""
 
-    anchor: Node
-    nodes: list[Node]
-
-
-def _plan(order: dict[Node, int], results: list[Node]) -> _Plan | None:
-    """How far up ``results`` can move, with what they need; None if they could stand anywhere."""
-    needed = set(results)
-    stack = list(results)
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node not in needed and node.op == "call_function" and phase(node) in MOVABLE:
-                needed.add(node)
-                stack.append(node)
-    before = {n for node in needed for n in node.all_input_nodes if n.op == "call_function"} - needed
-    for write in results:
-        if write.target is aten.copy_.default:
-            before |= _readers(source(write), needed)
-    if not before:
-        return None
-    anchor = max(before, key=order.__getitem__)
-    return _Plan(anchor, sorted((n for n in needed if order[n] > order[anchor]), key=order.__getitem__))
+    nodes: set[Node]
+    readers: set[Node]  # who reads what ``nodes`` overwrite, other than they themselves
+    place: int  # the position they follow
 
 
-def _move(edit: Editor, plans: list[_Plan]) -> None:
-    last: dict[Node, Node] = {}  # the last node moved behind an anchor
-    moved: set[Node] = set()
-    for plan in plans:
-        for node in plan.nodes:
-            if node not in moved:
-                edit.move_after(node, last.get(plan.anchor, plan.anchor))
-                last[plan.anchor] = node
-                moved.add(node)
+class _Mover:
+    """Moves nodes up in plans: a node goes where the earliest plan that needs it goes."""
 
+    def __init__(self, step: StepGraph) -> None:
+        self.nodes = list(step.graph.nodes)
+        self.order = {n: i for i, n in enumerate(self.nodes)}
+        self.plans: list[_Plan] = []
+        self.readers: dict[Node, list[Node]] = {}
+        lies = input_storages(step.graph)
+        for node in step.nodes():
+            for base in {base for value in node.all_input_nodes for base in lies.get(value, ())}:
+                self.readers.setdefault(base, []).append(node)
 
-def _readers(old: Node, needed: set[Node]) -> set[Node]:
-    """Who reads an input before it is written, directly or through views, other than its own update."""
-    found: set[Node] = set()
-    stack = [old]
-    while stack:
-        node = stack.pop()
-        for user in node.users:
-            if user in needed or user in found or user.op == "output":
-                continue
-            found.add(user)
-            if is_view(user):
-                stack.append(user)
-    return found
+    def plan(self, results: list[Node]) -> bool:
+        """Plan to move ``results`` with what they need; False if they could stand anywhere."""
+        needed = set(results)
+        stack = list(results)
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node not in needed and node.op == "call_function" and phase(node) in MOVABLE:
+                    needed.add(node)
+                    stack.append(node)
+        before = {n for node in needed for n in node.all_input_nodes if n.op == "call_function"} - needed
+        overwritten = [source(n) for n in results if n.target is aten.copy_.default]
+        readers = {n for old in overwritten for n in self.readers.get(old, ())} - needed
+        if before or readers:
+            self.plans.append(_Plan(needed, readers, max(map(self.order.__getitem__, before), default=0)))
+        return bool(before or readers)
+
+    def move(self, edit: Editor) -> None:
+        """Put every planned node behind the place of its earliest plan; all else stays where it is."""
+        places = self._settle()
+        last: dict[int, Node] = {}
+        for node in self.nodes:
+            place = places.get(node, self.order[node])
+            if place < self.order[node]:
+                edit.move_after(node, last.get(place, self.nodes[place]))
+                last[place] = node
+
+    def _settle(self) -> dict[Node, int]:
+        """The place of every planned node: a plan waits for the readers of what it overwrites, which may move."""
+        places: dict[Node, int] = {}
+        while True:
+            before = [plan.place for plan in self.plans]
+            places.clear()
+            for plan in self.plans:
+                for node in plan.nodes:
+                    places[node] = min(plan.place, places.get(node, self.order[node]))
+            for plan in self.plans:
+                ends = [places.get(n, self.order[n]) for n in plan.readers]
+                plan.place = max([plan.place, *ends])
+            if before == [plan.place for plan in self.plans]:
+                return places

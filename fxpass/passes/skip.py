@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.updates import gradients_behind, update_groups
+from ..analysis.updates import follows_gradient, marks_behind, update_groups
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source
-from ..ir.marks import UPDATE
+from ..ir.marks import GRAD, READ, UPDATE
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -22,10 +22,13 @@ class Skip(GraphPass):
     """Keep the old value of every parameter and optimizer state when ``found_inf``.
 
     ``new`` becomes ``where(found_inf, old, new)``: exact for any optimizer,
-    fused into the update's own kernel, decided on the device. With
-    ``skip="tensor"`` each parameter, with its optimizer state and step count,
-    is kept by the verdict over its own gradient alone, which is known long
-    before the others are computed; the scale still backs off for any of them.
+    fused into the update's own kernel, decided on the device. ``old`` is the
+    value as the optimizer finds it: what the user wrote before is not undone.
+    With ``skip="tensor"`` each parameter, with its optimizer state and step
+    count, is kept by the verdict over its own gradient alone, which is known
+    long before the others are computed; the scale still backs off for any.
+
+    Whatever else the step writes from a gradient (a running norm) is kept too.
     """
 
     name: ClassVar[str] = "skip"
@@ -34,51 +37,58 @@ class Skip(GraphPass):
     def run(self, step: StepGraph, edit: Editor) -> None:
         if not step.found_inf:
             edit.decline("no finite check to act on")
-        elif self.skip == "tensor":
-            _skip_tensors(step, edit)
+            return
+        statistics = follows_gradient(step)
+        if self.skip == "tensor":
+            _skip_tensors(step, edit, statistics)
         else:
-            _skip_step(step, edit)
+            _skip_step(step, edit, statistics)
 
 
-def _skip_step(step: StepGraph, edit: Editor) -> None:
-    last = max(step.found_inf)
+def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
+    last = step.found_inf[max(step.found_inf)]
     finals = {n.args[0]: n for n in step.graph.nodes if n.target is aten.copy_.default}
-    reason = "one gradient of the step is not finite: the update is skipped whole"
     for mark, update in zip(step.marks(UPDATE), step.updates, strict=True):
-        found = step.found_inf[update.event]
-        new = mark.args[0]
-        with edit.before(mark):
-            kept = edit.call(aten.where.self, found, update.old, new, when=Phase.UPDATE, reason=reason)
-        edit.set_arg(mark, 0, kept)
-        if found is not step.found_inf[last] and update.old in finals:
-            # a later optimizer of the step overflowed: the whole step is skipped
-            final = finals[update.old]
-            with edit.before(final):
-                kept = edit.call(
-                    aten.where.self,
-                    step.found_inf[last],
-                    update.old,
-                    final.args[1],
-                    when=Phase.UPDATE,
-                    reason=reason,
-                )
-            edit.set_arg(final, 1, kept)
+        found, final = step.found_inf[update.event], finals.pop(update.old, None)
+        _keep(edit, mark, 0, found, source(mark, 3), "one gradient of the step is not finite: skipped whole")
+        if found is not last and final is not None:
+            reason = "a gradient of a later optimizer is not finite: the step is skipped whole"
+            _keep(edit, final, 1, last, source(mark, 3), reason)
+    for write in statistics:
+        _keep(edit, write, 1, last, source(write), "depends on a gradient, and the step is skipped")
 
 
-def _skip_tensors(step: StepGraph, edit: Editor) -> None:
-    finite = dict(step.checked)
+def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
+    statistics_of = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
     marks = {update.old: mark for mark, update in zip(step.marks(UPDATE), step.updates, strict=True)}
     events = {update.old: update.event for update in step.updates}
     for group in update_groups(step):
-        values = [finite[mark] for mark in gradients_behind(group.body) if mark in finite]
         olds = [old for write in group.writes if (old := source(write)) in marks]
+        if not olds:
+            continue  # the user's own writes
+        values = _checks(step, group.body)
         found = _verdict(edit, values) if values else step.found_inf[events[olds[0]]]
-        for old in olds:
-            mark = marks[old]
-            reason = "this parameter's own gradient is not finite"
-            with edit.before(mark):
-                kept = edit.call(aten.where.self, found, old, mark.args[0], when=Phase.UPDATE, reason=reason)
-            edit.set_arg(mark, 0, kept)
+        for mark in map(marks.__getitem__, olds):
+            _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
+    for write, values in statistics_of.items():
+        if values:
+            found = _verdict(edit, values)
+            _keep(edit, write, 1, found, source(write), "a gradient it depends on is not finite")
+
+
+def _keep(edit: Editor, node: Node, index: int, found: Node, old: Node, reason: str) -> None:
+    """Make argument ``index`` of ``node`` the ``old`` value where ``found``."""
+    when = Phase.UPDATE if index == 0 else Phase.AFTER
+    with edit.before(node):
+        kept = edit.call(aten.where.self, found, old, source(node, index), when=when, reason=reason)
+    edit.set_arg(node, index, kept)
+
+
+def _checks(step: StepGraph, nodes: set[Node], *, guarded: bool = False) -> list[Node]:
+    """What tells whether the gradients behind ``nodes`` are finite, as stored and as edited."""
+    stored = dict(step.checked)
+    found = [stored[m] for m in marks_behind(nodes, GRAD, guarded=guarded) if m in stored]
+    return found + [step.edited[m] for m in marks_behind(nodes, READ, guarded=guarded) if m in step.edited]
 
 
 def _verdict(edit: Editor, values: list[Node]) -> Node:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import _torch
 from .report import Reporter
 from .state import ScalerState
 from .watch import Watch
@@ -23,7 +24,7 @@ class OptimizerBinding:
     optimizer: Callable[[], Optimizer]
     state: Sequence[tuple[int, int, str]]  # (group, position, key)
     fit: Callable[[Optimizer], None]  # brings state of another origin into the form the graph reads
-    holds: Callable[[Optimizer], None]  # raises if a setting left what the graph assumes
+    holds: Callable[[Optimizer], None]  # raises if something that the graph assumes has changed
     known: list[Tensor] = field(default_factory=list)  # the state tensors of the last call
     lr: list[Tensor] = field(default_factory=list)
     lr_values: list[float] = field(default_factory=list)
@@ -50,6 +51,7 @@ class OptimizerBinding:
         for index, value in enumerate(values):
             if isinstance(value, Tensor):
                 self.lr[index].copy_(value.reshape(()))
+                self.lr_values[index] = float("nan")  # unknown: no number equals it
             elif value != self.lr_values[index]:
                 self.lr[index].fill_(value)
                 self.lr_values[index] = value
@@ -83,8 +85,7 @@ class CompiledStep:
         results = self.call(*args, *extras)
         self._place_grads(args, results[self.outputs :])
         for binding in self.bindings:
-            # an LR scheduler warns about the order of calls unless step() was seen
-            vars(binding.optimizer())["_opt_called"] = True
+            _torch.note_step(binding.optimizer())
         if self.watch is not None:
             self.reporter.step(self.watch.report, self.watch.names)
         return results[: self.outputs]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from fxpass import MixedPrecision, OptimizerError
-from fxpass.capture.optim import check
+from fxpass.capture.assumptions import check
 from fxpass.capture.optim_state import create_state, fit_state, state_keys, undecorated
 from tests.helpers import clone, same
 
