@@ -131,4 +131,4 @@ def _clash(kind: str, word: Word, other_kind: str, other: Word) -> bool:
 
 
 def _tags(kind: str, word: Word) -> set[str]:
-    return {kind, word.name} | ({"tainted"} if word.tainted else set())
+    return {kind, word.name, word.inputs.removesuffix("32")} | ({"tainted"} if word.tainted else set())

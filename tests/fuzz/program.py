@@ -47,7 +47,7 @@ def inputs(call):
 def build(compile):
     torch.manual_seed(0)
     model = $make
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     models, optimizers, extras = [model], [], {}
     probe = inputs(0)[0]
     $setup
