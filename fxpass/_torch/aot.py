@@ -53,9 +53,7 @@ def trace(
     )
     fake_mode = TracingContext.get().fake_mode
     # torch.utils.checkpoint: capture/checkpoint.py recomputes, for several backward() and random numbers too
-    own = functorch_config.patch(
-        remat_using_tags_for_fwd_loss_bwd_graph=False, unlift_effect_tokens=True
-    )
+    own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False, unlift_effect_tokens=True)
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
     with own, _without_onednn():

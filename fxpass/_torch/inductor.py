@@ -27,8 +27,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
-from .order import keep_old_values
 from .fusion import keep_order
+from .order import keep_old_values
 from .schedule import Program, Scratch, program_of, recording, tag_nodes
 
 CPU_KERNEL_ARGUMENTS = 12

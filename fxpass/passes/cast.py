@@ -286,7 +286,9 @@ class _Caster:
         """
         call = partial(self.edit.call, when=phase(user), reason=reason)
         views: list[Node] = []
-        while (new := self.memo.get((mask, dtype, MASKED))) is None and is_view(mask) and is_float(mask.args[0]):
+        while (
+            (new := self.memo.get((mask, dtype, MASKED))) is None and is_view(mask) and is_float(mask.args[0])
+        ):
             views.append(mask)
             mask = source(mask)
         with self.edit.before(user):
