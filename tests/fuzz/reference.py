@@ -24,6 +24,7 @@ class Call:
     skipped: bool
     grads: dict[str, Tensor]  # what `.grad` holds
     largest: float = 0.0  # magnitude of the gradients that the optimizers read
+    huge: bool = False  # an input is more than float16 holds
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Eager:
             old.restore_extras()
         self.calls += 1
         grads = gradients(built) if self.options.get("grads") == "keep" else {}
-        return Call(built.snapshot(), outputs, self.bad, grads, self.largest)
+        huge = any(bool((t.abs() > 6e4).any()) for t in args)
+        return Call(built.snapshot(), outputs, self.bad, grads, self.largest, huge)
 
     def _guarded(self, number: int, optimizer: Optimizer) -> Callable[[], None]:
         plain = optimizer.step
