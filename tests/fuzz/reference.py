@@ -150,7 +150,8 @@ class Saved:
     """The values of all that a skipped step leaves alone."""
 
     def __init__(self, built: Built) -> None:
-        self.params = [(p, p.detach().clone()) for m in built.models for p in m.parameters()]
+        params = [p for o in built.optimizers for g in o.param_groups for p in g["params"]]
+        self.params = [(p, p.detach().clone()) for p in params]
         self.states = [(o, {p: dict(s) for p, s in _cloned(o).items()}) for o in built.optimizers]
         named = [built.extras[name] for name in built.tainted]
         tensors = [t for value in named for t in (value if isinstance(value, list) else [value])]
