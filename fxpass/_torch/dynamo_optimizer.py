@@ -144,9 +144,10 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | Non
         written = _written_settings(tx, group, source)
         found += [((g, key, None), value) for key, value in written.items()]
         for key in self.value.defaults:
-            value = group.get(key)
-            if key in written or key in ("params", "lr"):
+            # load_state_dict adds defaults of torch's that the groups of a user's own optimizer lack
+            if key in written or key in ("params", "lr") or key not in group:
                 continue
+            value = group[key]
             if type(value) not in (*_PLAIN, tuple, list):
                 continue
             at = DictGetItemSource(source, key)
