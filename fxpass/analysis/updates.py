@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -76,12 +77,23 @@ def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[
 
 
 def _depends_on(node: Node, guarded: bool) -> list[Node]:
-    """What the value is computed from: a copy says nothing of what it overwrites, nor does a guarded update."""
+    """What the value is computed from: not what a copy overwrites, nor a guarded update's new value."""
     if node.target is aten.copy.default:
         return [source(node, 1)]
     if guarded and node.target is MARK and node.args[1] == UPDATE:
         return [source(node, 3)]
+    if node.target is operator.getitem and _is_foreach(source(node)):
+        index = node.args[1]
+        assert isinstance(index, int)
+        parts = [a[index] if isinstance(a, (list, tuple)) else a for a in source(node).args]
+        return [part for part in parts if isinstance(part, Node)]
     return node.all_input_nodes
+
+
+def _is_foreach(node: Node) -> bool:
+    """One operator over lists of tensors, as clip_grad_value_ calls: each result has its own element's."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.startswith("aten::_foreach_")
 
 
 def follows_gradient(step: StepGraph) -> list[Node]:
