@@ -34,8 +34,9 @@ def difference(
     """The first tensor that differs after a call, as text; empty if none does."""
     mine, wanted = ours.calls[number], theirs.calls[number]
     changes = [wanted.state[name] - old for name, old in theirs.start.items() if name.startswith("model")]
-    largest = max(float(change.nan_to_num(0.0, 0.0, 0.0).norm()) for change in changes)
+    moved = max(map(_size, changes))
     for name, expected in wanted.state.items():
+        largest = moved
         if name not in mine.state:
             return f"{name}: missing"
         zero = torch.zeros_like(expected)
@@ -44,6 +45,10 @@ def difference(
         others = [(r.calls[number].state[name], r.start.get(name, zero)) for r in runs]
         own = TOLERANCES["float32"] if is_exact else tolerance
         start = theirs.start.get(name)
+        if name.startswith("optimizer"):
+            largest = max(
+                _size(v) for n, v in wanted.state.items() if n.split(".")[1:] == name.split(".")[1:]
+            )
         if text := _differs(mine.state[name], expected, start, others, own, largest):
             return f"{name}: {text}"
     if wanted.skipped:
@@ -86,11 +91,15 @@ def _differs(
     moved = (theirs - begin)[finite]
     spread = max([float(((other - origin)[finite] - moved).norm()) for other, origin in noisy], default=0.0)
     size, error = float(theirs[finite].norm()), float((ours - theirs)[finite].norm())
-    allowed = t.relative * size
+    rounding = 3 * t.noise * largest  # of gradients that cancel, such as a bias's before a norm
+    allowed = t.relative * size + (rounding if t.relative > 1e-4 else 0.0)
     if start is not None and t.relative > 1e-4:  # in half precision a change says more than a value
-        rounding = 3 * t.noise * largest  # of gradients that cancel, such as a bias's before a norm
         allowed = min(allowed, t.change * float(moved.norm()) + rounding + 1e-6 * size)
     allowed += t.factor * spread + 1e-9
     if error <= allowed:
         return ""
     return f"differs by {error:.3g} of {size:.3g}, allowed {allowed:.3g} (noise {spread:.3g})"
+
+
+def _size(values: Tensor) -> float:
+    return float(values.nan_to_num(0.0, 0.0, 0.0).norm())
