@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 import fxpass
 
-FP32: dict[str, Any] = {
-    "dtype": "float32",
-    "codegen": "eager",
-}  # op by op, without casts: compared with eager to 1e-5
+FP32: dict[str, Any] = {"dtype": "float32"}  # without casts: compared with eager to 1e-5
+EAGER: dict[str, Any] = {**FP32, "codegen": "eager"}  # op by op: for breadth beside what users run
 
 
 class Mlp(nn.Module):
@@ -58,10 +56,14 @@ def compare(
     build: Callable[[], Training],
     *,
     graphs: int = 1,
+    steps: int = 1,
     grads: bool = False,
     handle: fxpass.MixedPrecision | None = None,
 ) -> fxpass.MixedPrecision:
-    """Run ``build()``'s step eagerly and compiled; parameters, buffers, state and outputs must agree."""
+    """Run ``build()``'s step eagerly and compiled; parameters, buffers, state and outputs must agree.
+
+    Every call counts ``steps`` training steps, one per graph that trains.
+    """
     torch.compiler.reset()
     torch.manual_seed(0)
     eager = build()
@@ -79,6 +81,9 @@ def compare(
         elif any(ours is p for o in compiled.optimizers for g in o.param_groups for p in g["params"]):
             assert ours.grad is None, f"{name}.grad outlives the step"
     assert len(mp.graphs) == graphs, f"{len(mp.graphs)} graphs instead of {graphs}"
+    assert mp.stats().steps == steps * len(compiled.calls), "a call ran uncompiled"
+    profiles = [graph.memory for graph in mp.graphs]
+    assert not any(profile.missing or profile.unsized for profile in profiles), "a profile is incomplete"
     return mp
 
 
