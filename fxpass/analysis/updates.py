@@ -76,7 +76,7 @@ def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[
 
 
 def _depends_on(node: Node, guarded: bool) -> list[Node]:
-    """What the value is computed from: a copy says nothing of what it overwrites, nor does a guarded update."""
+    """What the value is computed from: a copy not from what it overwrites, a guarded update from it alone."""
     if node.target is aten.copy.default:
         return [source(node, 1)]
     if guarded and node.target is MARK and node.args[1] == UPDATE:
