@@ -252,6 +252,8 @@ def _backward(
             record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
             grad = hooked_gradient(tx, leaf, grad)
             old = leaf.var_getattr(tx, "grad")
+            if not is_none(old):
+                record.found.setdefault(leaf.as_proxy().node.name, old.as_proxy().node.name)
             store_grad(tx, leaf, grad if is_none(old) else call(tx, torch.add, old, grad))
             after_accumulation(tx, leaf)
     return ConstantVariable.create(None)
@@ -337,4 +339,4 @@ def _take_over_grads(effects: Any, record: FrameRecord) -> None:
         elif is_none(grad):
             pending["grad"] = ConstantVariable(None)
         else:
-            record.escaping.append(node)
+            record.escaping[node] = grad.as_proxy().node.name

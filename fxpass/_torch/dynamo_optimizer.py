@@ -27,6 +27,7 @@ from .dynamo_common import (
     store_grad,
     user_line,
 )
+from .optimizer import has_own_zero_grad
 from .record import StepEvent, StepParam
 from .requires_grad import input_proxy
 
@@ -73,6 +74,10 @@ def _may_have_grad(tx: Any, param: torch.Tensor, variable: Any) -> bool:
 
 
 def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
+    if has_own_zero_grad(self.value):
+        found = f"{type(self.value).__name__} has a zero_grad() of its own, which would not run"
+        hint = "write p.grad = None for each parameter, and what else it does, in the step itself"
+        raise fail(OptimizerError(found, where=user_line(), hint=hint))
     to_none = set_to_none is None or set_to_none.as_python_constant()
     for _, _, param, variable in _params(self, tx):
         if to_none:
@@ -83,9 +88,14 @@ def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
     return ConstantVariable.create(None)
 
 
-def _optimizer_step(self: Any, tx: Any, closure: Any = None) -> Any:
+def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
     record = record_of_frame()
     name = type(self.value).__name__
+    if args or kwargs:
+        hint = (
+            "set what the step needs in optimizer.param_groups: a number there may change from call to call"
+        )
+        raise fail(OptimizerError(f"{name}.step() was given arguments", where=user_line(), hint=hint))
     if closure is not None and not is_none(closure):
         hint = "compute the loss and call backward() in the step itself, then optimizer.step()"
         raise fail(OptimizerError(f"{name}.step() was given a closure", where=user_line(), hint=hint))

@@ -39,8 +39,8 @@ def _asks_for_float32(node: Node) -> bool:
 
 
 def _asked_besides(node: Node) -> dict[str, Any]:
-    """What ``x.to(...)`` asks for besides float32, where it is not what ``x`` has: a device, a memory format."""
-    x = node.args[0].meta["example_value"]  # pyright: ignore[reportAttributeAccessIssue]
+    """What ``x.to(...)`` asks for besides float32 and does not have: a device, a memory format."""
+    (x,) = (n.meta["example_value"] for n in node.all_input_nodes if n is node.args[0])
     found: dict[str, Any] = {}
     for name, value in (*(("", a) for a in node.args[1:]), *node.kwargs.items()):
         if isinstance(value, torch.memory_format) and value is not torch.preserve_format:

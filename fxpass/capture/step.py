@@ -25,6 +25,7 @@ from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
+from .renorm import spell_out_renorm
 from .writes import UPDATES, hide_writes
 
 
@@ -50,6 +51,9 @@ class Captured:
     parameters: list[Node]  # placeholders of parameters some optimizer updates
     kept: list[int]  # input positions of the parameters whose gradients are extra outputs
     outputs: int
+    handed_over: list[
+        tuple[int, str | None]
+    ]  # output that is a gradient, the placeholder of the .grad before
     extra_roles: list[tuple[Role, str]]
     first_extra: int
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
@@ -69,7 +73,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     new_gm = GraphModule(gm, graph)
     by_name = {old.name: new for old, new in copies.items()}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    captured = Captured(new_gm, [], [], [], 0, [], len(placeholders))
+    captured = Captured(new_gm, [], [], [], 0, [], [], len(placeholders))
     inputs = _ExtraInputs(graph, placeholders, captured.extra_roles)
     if record.events:
         for name in scaler_fields:
@@ -84,6 +88,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     _annotate_autocast(graph)
     spell_out_casts(graph)
+    spell_out_renorm(graph)
     spell_out_numbers(graph)
     hide_writes(graph)
     graph.lint()
@@ -172,6 +177,12 @@ def _finish_outputs(
                 }  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
+    positions = {value.name: i for i, value in enumerate(values) if isinstance(value, Node)}
+    for leaf, grad in record.escaping.items():
+        if grad in positions:
+            old = by_name.get(record.found.get(leaf, ""))
+            is_input = old is not None and old.op == "placeholder"
+            captured.handed_over.append((positions[grad], old.name if is_input else None))
     if keep_grads:
         positions = {n: i for i, n in enumerate(graph.nodes) if n.op == "placeholder"}
         for param, grad in record.kept:
@@ -217,6 +228,7 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
             step.scaler[name] = node
     for index, (event, name, owner) in enumerate(captured.update_slots):
         step.updates.append(Update(index, event, by_name[name], by_name[owner]))
+    step.handed_over = [(i, by_name[old] if old else None) for i, old in captured.handed_over]
     phases.set_phases(step, {by_name[name] for name in captured.data})
     return step
 

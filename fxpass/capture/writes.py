@@ -24,7 +24,7 @@ _OPERATORS = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow imat
 
 def hide_writes(graph: Graph) -> None:
     """Wrap each in-place operation none of whose operands requires grad in no_grad."""
-    enabled = True
+    enabled = torch.is_grad_enabled()  # as the frame was entered
     for node in list(graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])

@@ -15,16 +15,19 @@ from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
 from .grad_norm import GradNorm
+from .hand_over import HandOver
 from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
 from .second_backward import SecondBackward
 from .skip import Skip
 from .unscale import Unscale
+from .unscale_nonlinear import UnscaleNonlinear
 from .update_scale import UpdateScale
 
 PASSES: tuple[type[GraphPass], ...] = (
     ScaleLoss,  # seed of each backward * scale
+    UnscaleNonlinear,  # clamps and the like in backward see gradients without the scale
     Cast,  # float16 where the policy says so
     Embedding,  # gradients of tables by rows
     Unscale,  # gradients * 1/scale, in float32
@@ -34,6 +37,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     ClipAdaptive,  # each row, by its parameter's norm
     Clip,  # all gradients, or each, by norm
     Skip,  # where(found_inf, old, new)
+    HandOver,  # gradients left for others: finite
     UpdateScale,  # growth, backoff, counters
     Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
     Decompose,  # normalisations and softmax of forward, by their parts

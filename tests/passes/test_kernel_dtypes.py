@@ -123,11 +123,12 @@ def test_products_and_attention(dtype: str) -> None:
 def test_statistics_that_float16_cannot_hold_keep_their_gradient() -> None:
     """1 / sqrt(0 + 1e-10) is 1e5: for a constant row it would be inf in float16, and the gradient nan."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8, eps=1e-10), nn.Linear(8, 2))
+    first, last = nn.Linear(4, 8), nn.Linear(8, 2)
+    model = nn.Sequential(first, nn.LayerNorm(8, eps=1e-10), last)
     with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].bias.fill_(0.5)
-        model[2].weight.mul_(1e-3)
+        first.weight.zero_()
+        first.bias.fill_(0.5)
+        last.weight.mul_(1e-3)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     mp = MixedPrecision(loss_scale=1.0)
 
