@@ -215,7 +215,7 @@ class Neighbours(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-2})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             olds = [p.clone() for p in group["params"]]
             for index, p in enumerate(group["params"]):
