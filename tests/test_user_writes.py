@@ -23,6 +23,12 @@ Step = Callable[[Tensor, Tensor, Tensor], Any]
 class Net(nn.Module):
     """Three square layers, whose updates are outlined, and statistics that a step may keep."""
 
+    running: Tensor
+    fisher: Tensor
+    count: Tensor
+    average: Tensor
+    trace: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
@@ -43,7 +49,7 @@ class Net(nn.Module):
         return x
 
     @property
-    def weights(self) -> list[nn.Parameter]:
+    def weights(self) -> list[Any]:
         return [layer.weight for layer in self.layers]
 
 
@@ -89,12 +95,12 @@ def statistics(net: Net) -> Step:
     def step(x: Tensor, y: Tensor, factor: Tensor) -> None:
         loss_of(net, x, y, factor).backward()
         with torch.no_grad():
-            norm = torch.stack([w.grad.norm() for w in net.weights]).norm()  # pyright: ignore
+            norm = torch.stack([w.grad.norm() for w in net.weights]).norm()
             net.running.mul_(0.9).add_(norm, alpha=0.1)
-            net.fisher.lerp_(net.weights[0].grad.square(), 0.1)  # pyright: ignore
+            net.fisher.lerp_(net.weights[0].grad.square(), 0.1)
             net.count.add_(1)
             for w in net.weights:
-                w.grad.mul_((net.running / (norm + 1e-6)).clamp(max=1))  # pyright: ignore
+                w.grad.mul_((net.running / (norm + 1e-6)).clamp(max=1))
         opt.step()
         opt.zero_grad()
         with torch.no_grad():
@@ -106,7 +112,8 @@ def statistics(net: Net) -> Step:
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 def test_statistics_of_gradients_keep_their_bits_on_a_skipped_step(skip: str) -> None:
     states, mp = run(statistics, 1, dtype="float16", skip=skip)
-    assert mp is not None and mp.stats().skipped == 1
+    assert mp is not None
+    assert mp.stats().skipped == 1
     before, after = states[1], states[2]
     kept = ["running", "fisher", *(f"layers.{i}.weight" for i in range(3))]
     same({k: after[k] for k in kept}, {k: before[k] for k in kept}, "kept", exact=True)
@@ -134,7 +141,8 @@ def writes_before_the_update(net: Net) -> Step:
 
 def test_a_write_before_the_update_is_kept_on_a_skipped_step() -> None:
     states, mp = run(writes_before_the_update, 1, calls=2, dtype="float16")
-    assert mp is not None and mp.stats().skipped == 1
+    assert mp is not None
+    assert mp.stats().skipped == 1
     before, after = states[1], states[2]
     clamped = before["layers.1.weight"].clamp(-0.1, 0.1)
     same(after["layers.0.weight"], before["layers.0.weight"] * 0.5, "scaled", exact=True)
@@ -149,7 +157,7 @@ def edit_that_divides(net: Net) -> Step:
 
     def step(x: Tensor, y: Tensor, factor: Tensor) -> None:
         loss_of(net, x, y, torch.ones(())).backward()
-        net.weights[1].grad.div_(1 / factor)  # pyright: ignore
+        net.weights[1].grad.div_(1 / factor)
         opt.step()
         opt.zero_grad()
 
@@ -159,7 +167,8 @@ def edit_that_divides(net: Net) -> Step:
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 def test_what_the_users_edit_makes_of_a_gradient_is_checked(skip: str) -> None:
     states, mp = run(edit_that_divides, 1, dtype="float16", skip=skip)
-    assert mp is not None and mp.stats().skipped == 1
+    assert mp is not None
+    assert mp.stats().skipped == 1
     kept = ["layers.1.weight"] + (["layers.0.weight", "layers.2.bias"] if skip == "step" else [])
     same({k: states[2][k] for k in kept}, {k: states[1][k] for k in kept}, "kept", exact=True)
     assert all(bool(torch.isfinite(v).all()) for v in states[-1].values())
@@ -179,9 +188,9 @@ def reads_of_old_weights(net: Net) -> Step:
         loss = loss_of(net, x, y, factor)
         loss.backward()
         with torch.no_grad():
-            first.grad.add_(second.t(), alpha=0.1)  # pyright: ignore
-            second.grad.add_(third * diagonal.sum(), alpha=0.1)  # pyright: ignore
-            third.grad.add_(first, alpha=0.1)  # pyright: ignore
+            first.grad.add_(second.t(), alpha=0.1)
+            second.grad.add_(third * diagonal.sum(), alpha=0.1)
+            third.grad.add_(first, alpha=0.1)
         opt.step()
         opt.zero_grad()
         with torch.no_grad():
@@ -206,7 +215,7 @@ class Neighbours(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-2})
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             olds = [p.clone() for p in group["params"]]
             for index, p in enumerate(group["params"]):

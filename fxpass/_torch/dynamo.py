@@ -51,7 +51,7 @@ from .eager import watch_backward
 from .growing import codegen_hook, wrap_listlike_hook
 from .handles import readable_name
 from .record import FrameRecord, LeafGrad
-from .requires_grad import toggle_hook
+from .requires_grad import SETATTR, assignment_hook, toggle_hook
 
 SETTINGS = {
     "trace_autograd_ops": True,
@@ -144,6 +144,7 @@ def _patches() -> Iterator[None]:
         patch(tensor.TensorVariable, "method_backward", _backward)
         toggles = toggle_hook(tensor.TensorVariable.method_requires_grad_)
         patch(tensor.TensorVariable, "method_requires_grad_", toggles)
+        patch(*SETATTR, assignment_hook(getattr(*SETATTR)))
         patch(tensor.TensorVariable, "method_attr_retain_grad", refuse_retain_grad)
         patch(tensor.TensorVariable, "var_getattr", _grad_hook(tensor.TensorVariable.var_getattr))
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)

@@ -11,10 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from torch._dynamo.utils import set_example_value
+from torch._dynamo.variables import builtin
 from torch._dynamo.variables.base import AttributeMutationExisting
 from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.tensor import TensorVariable
 
 from .dynamo_common import record_of_frame
+
+# the method of Dynamo that traces setattr(), by class and name; torch 2.13 has a class of its own for it
+SETATTR: tuple[Any, str] = (
+    (builtin.SetAttrBuiltinVariable, "_call_setattr")
+    if hasattr(builtin, "SetAttrBuiltinVariable")
+    else (builtin.BuiltinVariable, "call_setattr")
+)
 
 
 def input_proxy(variable: Any) -> Any:
@@ -47,3 +56,16 @@ def toggle_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         return self
 
     return method_requires_grad_
+
+
+def assignment_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``p.requires_grad = flag``, by the method."""
+
+    def call_setattr(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
+        known = name_var.is_python_constant() and val.is_python_constant()
+        if isinstance(obj, TensorVariable) and known and name_var.as_python_constant() == "requires_grad":
+            obj.call_method(tx, "requires_grad_", [val], {})
+            return val
+        return original(self, tx, obj, name_var, val)
+
+    return call_setattr

@@ -71,7 +71,7 @@ class _Mover:
     """Moves nodes up in plans: a node goes where the earliest plan that needs it goes."""
 
     def __init__(self, step: StepGraph) -> None:
-        self.nodes = list(step.graph.nodes)
+        self.nodes: list[Node] = list(step.graph.nodes)
         self.order = {n: i for i, n in enumerate(self.nodes)}
         self.plans: list[_Plan] = []
         self.readers: dict[Node, list[Node]] = {}
@@ -107,7 +107,7 @@ class _Mover:
                 last[place] = node
 
     def _settle(self) -> dict[Node, int]:
-        """The place of every planned node: a plan waits for the readers of what it overwrites, which may move."""
+        """Every planned node's place; a plan waits for the readers of what it overwrites, which move too."""
         places: dict[Node, int] = {}
         while True:
             before = [plan.place for plan in self.plans]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 import fxpass.lower.outline  # noqa: F401 - registers fxpass::update
 from fxpass.ir.alias import (
@@ -40,7 +41,7 @@ class Hand:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        values = map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = target(*values[0], **values[1])
         return node
 
@@ -129,7 +130,11 @@ def test_elements_kept_whatever_the_strides() -> None:
     hand = Hand()
     x = hand.input(6, 6)
     keeps = [(aten.t.default, ()), (aten.view.default, ([36],)), (aten.unsqueeze.default, (0,))]
-    loses = [(aten.select.int, (0, 1)), (aten.view.dtype, (torch.int32,)), (aten.as_strided.default, ([36], [1], 0))]
+    loses = [
+        (aten.select.int, (0, 1)),
+        (aten.view.dtype, (torch.int32,)),
+        (aten.as_strided.default, ([36], [1], 0)),
+    ]
     assert all(keeps_elements(hand.call(target, x, *extra)) for target, extra in keeps)
     assert not any(keeps_elements(hand.call(target, x, *extra)) for target, extra in loses)
 
