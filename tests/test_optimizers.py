@@ -636,3 +636,74 @@ def test_closure() -> None:
 
     with pytest.raises(OptimizerError, match="closure"):
         step(torch.randn(6, 4))
+
+
+class Averaging(Lion):
+    """Like ASGD: an average weighted by what another write of the update replaces, a count nobody reads."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[p]
+            if not state:
+                state["calls"] = torch.zeros(())
+                state["weight"], state["lag"] = torch.ones(()), torch.zeros(())
+                state["mean"] = torch.zeros_like(p)
+            p.sub_(0.1 * (p.grad + state["lag"]))
+            state["mean"].add_((p - state["mean"]) * state["weight"])
+            state["lag"].copy_(0.01 * state["weight"])
+            state["weight"].copy_(1 / (1 / state["weight"] + 1))
+            state["calls"] += 1
+
+
+class Odd(nn.Module):
+    """Weights of one shape, of a shape of their own, and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.last = nn.Linear(4, 2)
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(3))
+        self.one = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            x = torch.tanh(layer(x)) * scale
+        return self.last(x) * self.scales[0] * self.one
+
+
+@pytest.mark.parametrize("skip", ["step", "tensor"])
+@pytest.mark.parametrize("make", [Averaging, lambda p: O.ASGD(p, lr=0.1, t0=1, lambd=0.1)])
+def test_state_that_another_write_replaces_is_read_before(make: Make, skip: str) -> None:
+    torch.manual_seed(0)
+    theirs = Odd()
+    ours = copy.deepcopy(theirs)
+    opts = [make(model.parameters()) for model in (ours, theirs)]
+    mp = MixedPrecision(dtype="float32", skip=skip)
+    step = torch.compile(make_step(ours, opts[0]), backend=mp)
+    for index in range(5):
+        if index == 2:
+            step(torch.full((6, 4), float("inf")))
+        x = torch.randn(6, 4)
+        same(step(x), make_step(theirs, opts[1])(x), "loss")
+    agree(ours, theirs, *opts)
+    assert mp.stats().steps == 6
+
+
+@pytest.mark.parametrize("kind", [O.Rprop, O.RMSprop, O.Adadelta, O.ASGD, O.Adam])
+def test_a_step_count_follows_its_own_parameter(kind: Any) -> None:
+    """With skip="tensor" another parameter's overflow holds it back no more than the parameter itself."""
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    opt = kind(weights)
+    mp = MixedPrecision(dtype="float32", codegen="eager", skip="tensor")
+
+    @torch.compile(backend=mp)
+    def step(slopes: Tensor) -> None:
+        opt.zero_grad()
+        (slopes[0] * weights[0] + slopes[1] * weights[1]).sum().backward()
+        opt.step()
+
+    for bad in (1.0, float("inf"), 1.0, float("nan")):
+        step(torch.tensor([[1.0, 1.0, 1.0], [1.0, bad, 1.0]]))
+    assert [int(opt.state[w]["step"]) for w in weights] == [4, 2]
+    assert mp.stats().steps == 4

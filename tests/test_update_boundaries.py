@@ -81,7 +81,7 @@ def _gradients(call: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return found
 
 
-def _run(kind: type[Optimizer], settings: Settings, shapes: list[tuple[int, ...]]) -> tuple[Any, ...]:
+def _run(kind: Any, settings: Settings, shapes: list[tuple[int, ...]]) -> tuple[Any, ...]:
     torch.manual_seed(0)
     weights = [[nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in settings]
     opt = kind([{"params": w, **s} for w, s in zip(weights, settings, strict=True)], lr=RATES[0])

@@ -55,9 +55,10 @@ def trace(
     # torch.utils.checkpoint: capture/checkpoint.py recomputes, for several backward() and random numbers too
     own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False, unlift_effect_tokens=True)
     assert fake_mode is not None, "Dynamo traces under a fake mode"
+    ours = [fake_mode.from_tensor(x, static_shapes=True) for x in extras]
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
     with own, _without_onednn():
-        return running(aot(gm, [*inputs, *(fake_mode.from_tensor(x, static_shapes=True) for x in extras)]))
+        return running(aot(gm, [*_as_traced(gm, inputs), *ours]))
 
 
 @contextlib.contextmanager
@@ -69,6 +70,15 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+def _as_traced(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Any]:
+    """``inputs``, but the fake one for a parameter that the step itself lets require grad."""
+    placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
+    for node, real in zip(placeholders, inputs, strict=False):
+        fake = node.meta.get("example_value")
+        both = isinstance(real, torch.Tensor) and isinstance(fake, torch.Tensor)
+        yield fake if both and fake.requires_grad and not real.requires_grad else real
 
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -51,6 +51,7 @@ from .eager import watch_backward
 from .growing import codegen_hook, wrap_listlike_hook
 from .handles import readable_name
 from .record import FrameRecord, LeafGrad
+from .requires_grad import toggle_hook
 
 SETTINGS = {
     "trace_autograd_ops": True,
@@ -141,6 +142,8 @@ def _patches() -> Iterator[None]:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
         stack.enter_context(dynamo_config.patch(SETTINGS))
         patch(tensor.TensorVariable, "method_backward", _backward)
+        toggles = toggle_hook(tensor.TensorVariable.method_requires_grad_)
+        patch(tensor.TensorVariable, "method_requires_grad_", toggles)
         patch(tensor.TensorVariable, "method_attr_retain_grad", refuse_retain_grad)
         patch(tensor.TensorVariable, "var_getattr", _grad_hook(tensor.TensorVariable.var_getattr))
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
@@ -248,6 +251,8 @@ def _backward(
             record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
             grad = hooked_gradient(tx, leaf, grad)
             old = leaf.var_getattr(tx, "grad")
+            if not is_none(old):
+                record.found.setdefault(leaf.as_proxy().node.name, old.as_proxy().node.name)
             store_grad(tx, leaf, grad if is_none(old) else call(tx, torch.add, old, grad))
             after_accumulation(tx, leaf)
     return ConstantVariable.create(None)
@@ -333,4 +338,4 @@ def _take_over_grads(effects: Any, record: FrameRecord) -> None:
         elif is_none(grad):
             pending["grad"] = ConstantVariable(None)
         else:
-            record.escaping.append(node)
+            record.escaping[node] = grad.as_proxy().node.name

@@ -27,7 +27,9 @@ from .dynamo_common import (
     store_grad,
     user_line,
 )
+from .optimizer import has_own_zero_grad
 from .record import StepEvent, StepParam
+from .requires_grad import input_proxy
 
 _PLAIN = (bool, int, float, str, type(None))  # settings that a guard compares by value
 
@@ -61,24 +63,39 @@ def _params(self: Any, tx: Any) -> Iterator[tuple[int, int, torch.Tensor, Any]]:
         for p, param in enumerate(group["params"]):
             # realized: side effects are kept by variable, and a lazy one is another object
             variable = VariableTracker.build(tx, param, GetItemSource(params, p)).realize()
-            record_of_frame().real[variable.as_proxy().node.name] = param
+            record_of_frame().real[input_proxy(variable).node.name] = param
             yield g, p, param, variable
 
 
+def _may_have_grad(tx: Any, param: torch.Tensor, variable: Any) -> bool:
+    """Whether ``.grad`` is, or in this frame becomes, anything but None."""
+    pending = tx.output.side_effects.has_pending_mutation_of_attr(variable, "grad")
+    return param.requires_grad or param.grad is not None or pending or variable in record_of_frame().toggled
+
+
 def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
+    if has_own_zero_grad(self.value):
+        found = f"{type(self.value).__name__} has a zero_grad() of its own, which would not run"
+        hint = "write p.grad = None for each parameter, and what else it does, in the step itself"
+        raise fail(OptimizerError(found, where=user_line(), hint=hint))
     to_none = set_to_none is None or set_to_none.as_python_constant()
     for _, _, param, variable in _params(self, tx):
         if to_none:
-            if param.requires_grad or param.grad is not None:
+            if _may_have_grad(tx, param, variable):
                 store_grad(tx, variable, ConstantVariable(None))
         elif not is_none(old := variable.var_getattr(tx, "grad")):
             store_grad(tx, variable, call(tx, torch.zeros_like, old))
     return ConstantVariable.create(None)
 
 
-def _optimizer_step(self: Any, tx: Any, closure: Any = None) -> Any:
+def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
     record = record_of_frame()
     name = type(self.value).__name__
+    if args or kwargs:
+        hint = (
+            "set what the step needs in optimizer.param_groups: a number there may change from call to call"
+        )
+        raise fail(OptimizerError(f"{name}.step() was given arguments", where=user_line(), hint=hint))
     if closure is not None and not is_none(closure):
         hint = "compute the loss and call backward() in the step itself, then optimizer.step()"
         raise fail(OptimizerError(f"{name}.step() was given a closure", where=user_line(), hint=hint))
@@ -87,12 +104,12 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None) -> Any:
         raise fail(OptimizerError(f"{name} cannot be traced into the step", where=user_line(), hint=hint))
     index, params, nodes, grads = len(record.events), [], [], []
     for g, p, param, variable in _params(self, tx):
-        grad = variable.var_getattr(tx, "grad") if param.requires_grad or param.grad is not None else None
+        grad = variable.var_getattr(tx, "grad") if _may_have_grad(tx, param, variable) else None
         has_grad = grad is not None and not is_none(grad)
-        node = variable.as_proxy().node.name
+        node = input_proxy(variable).node.name
         params.append(StepParam(g, p, has_grad, node))
         if has_grad:
-            nodes.append(variable.as_proxy())
+            nodes.append(input_proxy(variable))
             with no_grad(tx):
                 grads.append(call(tx, MARK, grad, READ, len(record.reads)).as_proxy())
             record.reads.append(node)

@@ -32,6 +32,11 @@ def has_own_step(optimizer: Optimizer) -> bool:
     return getattr(step, "__wrapped__", None) is not type(optimizer).step
 
 
+def has_own_zero_grad(optimizer: Optimizer) -> bool:
+    """Whether ``zero_grad`` is not torch's: overridden in a subclass, or replaced on the object."""
+    return "zero_grad" in vars(optimizer) or type(optimizer).zero_grad is not Optimizer.zero_grad
+
+
 def note_step(optimizer: Optimizer) -> None:
     """An LR scheduler warns about the order of calls unless ``step()`` was seen."""
     vars(optimizer)["_opt_called"] = True

@@ -62,11 +62,17 @@ class FrameRecord:
     events: list[StepEvent] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)
     cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
-    escaping: list[str] = field(default_factory=list)  # gradients leaving without a step
+    escaping: dict[str, str] = field(
+        default_factory=dict
+    )  # leaf -> its gradient, which leaves without a step
+    found: dict[str, str] = field(
+        default_factory=dict
+    )  # leaf -> what its .grad held before the first backward()
     # as they were met, outermost first, each with the expression that reached it
     modules: list[tuple[str, torch.nn.Module]] = field(default_factory=list)
     real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
     traversed: set[Any] = field(default_factory=set)  # nodes of autograd that a backward() went through
+    toggled: dict[Any, Any] = field(default_factory=dict)  # variable of a parameter -> its graph input
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""

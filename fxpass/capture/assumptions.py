@@ -156,14 +156,17 @@ def _hooks(optimizer: Optimizer) -> Refusal:
     return f"{type(optimizer).__name__} has step hooks registered, which would not run", hint
 
 
-def _own_step(optimizer: Optimizer) -> Refusal:
-    if not _torch.has_own_step(optimizer):
-        return None
-    found = f"the step method of this {type(optimizer).__name__} was replaced on the object"
-    return found, "override step in a subclass"
+def _own_methods(optimizer: Optimizer) -> Refusal:
+    name = type(optimizer).__name__
+    if _torch.has_own_step(optimizer):
+        return f"the step method of this {name} was replaced on the object", "override step in a subclass"
+    if "zero_grad" in vars(optimizer):
+        hint = "call what it does in the step itself, and delete it from the object"
+        return f"the zero_grad method of this {name} was replaced on the object", hint
+    return None
 
 
-EVERY_CALL: tuple[Callable[[Optimizer], Refusal], ...] = (_hooks, _own_step)
+EVERY_CALL: tuple[Callable[[Optimizer], Refusal], ...] = (_hooks, _own_methods)
 ONCE: tuple[Callable[[Optimizer], Refusal], ...] = (
     _attributes,
     _groups,

@@ -13,24 +13,22 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-_SAME_STORAGE = frozenset(
-    "view reshape transpose permute t squeeze unsqueeze flatten unflatten expand select narrow chunk split "
-    "unbind detach getitem".split()
-)
-WRITES = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split())
+from .writes import storages, written
 
 
 def spell_out_casts(graph: Graph) -> None:
     """Write each ``x.float()`` of a float32 ``x`` as a copy, which autograd keeps.
 
-    The cast pass drops those that still do nothing. Not where the result is
-    changed in place: then it has to stay ``x`` itself.
+    The cast pass drops those that still do nothing. Not where the storage is
+    written later on: then the result has to stay ``x`` itself.
     """
-    for node in graph.nodes:
-        if _asks_for_float32(node) and _is_float32(node.args[0]) and not _changed_in_place(node):
+    later: set[int] = set()  # storages that are written behind the node
+    for node in reversed(graph.nodes):
+        if _asks_for_float32(node) and _is_float32(node.args[0]) and later.isdisjoint(storages(node)):
             kwargs = {"dtype": torch.float32, **_asked_besides(node)}
             node.op, node.target = "call_function", torch.ops.aten._to_copy.default
             node.args, node.kwargs = node.args[:1], kwargs
+        later.update(s for value in written(node) for s in storages(value))
 
 
 def _asks_for_float32(node: Node) -> bool:
@@ -58,15 +56,3 @@ def _asked_besides(node: Node) -> dict[str, Any]:
 def _is_float32(node: object) -> bool:
     value = node.meta.get("example_value") if isinstance(node, Node) and node.op != "placeholder" else None
     return isinstance(value, Tensor) and value.dtype is torch.float32
-
-
-def _changed_in_place(node: Node) -> bool:
-    """Whether a method, an operator (``+=``) or an ``out=`` writes to the value or to a view of it."""
-    views = [node]
-    for view in views:
-        for user in view.users:
-            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-            if name in WRITES or (name.endswith("_") and not name.startswith("_")) or "out" in user.kwargs:
-                return True
-            views += [user] if name in _SAME_STORAGE else []
-    return False

@@ -75,11 +75,17 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
     try:
         with torch.no_grad(), _torch.compiling_flag(), _torch.python_values(mode.truth):
             with tensor_functions(type(optimizer)), mode:
-                undecorated(type(optimizer).step)(traced)
+                result = undecorated(type(optimizer).step)(traced)
     except Exception as error:
-        hint = "its step() must be plain tensor maths: no reads of values, no branches on tensors"
+        hint = (
+            "its step() must be plain tensor maths: no reads of values, and in place of a branch on one "
+            "torch.where(torch.as_tensor(condition), a, b)"
+        )
         found = f"{name}.step() could not be traced: {error}{_line(error)}"
         raise OptimizerError(found, where=where, hint=hint) from error
+    if result is not None:
+        hint = "let it return nothing, and compute in the step itself what it returned"
+        raise OptimizerError(f"{name}.step() returns {result!r}, which would be lost", where=where, hint=hint)
     if changed := _hidden_changes(optimizer, traced, before) or _new_state(optimizer, tensors, state):
         hint = "keep what changes from step to step in optimizer.state[parameter], as tensors or numbers"
         found = f"{name}.step() {changed}, which a compiled step cannot follow"

@@ -26,7 +26,7 @@ from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .numbers import as_tensor, spell_out_numbers
 from .renorm import spell_out_renorm
-from .writes import hide_writes
+from .writes import UPDATES, hide_writes
 
 
 @dataclass
@@ -51,6 +51,9 @@ class Captured:
     parameters: list[Node]  # placeholders of parameters some optimizer updates
     kept: list[int]  # input positions of the parameters whose gradients are extra outputs
     outputs: int
+    handed_over: list[
+        tuple[int, str | None]
+    ]  # output that is a gradient, the placeholder of the .grad before
     extra_roles: list[tuple[Role, str]]
     first_extra: int
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
@@ -70,7 +73,7 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     new_gm = GraphModule(gm, graph)
     by_name = {old.name: new for old, new in copies.items()}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    captured = Captured(new_gm, [], [], [], 0, [], len(placeholders))
+    captured = Captured(new_gm, [], [], [], 0, [], [], len(placeholders))
     inputs = _ExtraInputs(graph, placeholders, captured.extra_roles)
     if record.events:
         for name in scaler_fields:
@@ -146,6 +149,7 @@ def _expand_optimizer(
             event.assumed = optim.run_step(optimizer, tensors, first, event.where)
 
     node.target = expand
+    node.meta[UPDATES] = [*params, *state]
     device = optim_state.parameter(optimizer, *places[0]).device
     numbers = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, lr, numbers)
@@ -173,6 +177,12 @@ def _finish_outputs(
                 }  # what the user returns is no computation after the step
         results.append(value)
     captured.outputs = len(results)
+    positions = {value.name: i for i, value in enumerate(values) if isinstance(value, Node)}
+    for leaf, grad in record.escaping.items():
+        if grad in positions:
+            old = by_name.get(record.found.get(leaf, ""))
+            is_input = old is not None and old.op == "placeholder"
+            captured.handed_over.append((positions[grad], old.name if is_input else None))
     if keep_grads:
         positions = {n: i for i, n in enumerate(graph.nodes) if n.op == "placeholder"}
         for param, grad in record.kept:
@@ -218,6 +228,7 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
             step.scaler[name] = node
     for index, (event, name, owner) in enumerate(captured.update_slots):
         step.updates.append(Update(index, event, by_name[name], by_name[owner]))
+    step.handed_over = [(i, by_name[old] if old else None) for i, old in captured.handed_over]
     phases.set_phases(step, {by_name[name] for name in captured.data})
     return step
 

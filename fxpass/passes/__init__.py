@@ -15,6 +15,7 @@ from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
 from .grad_norm import GradNorm
+from .hand_over import HandOver
 from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
@@ -36,6 +37,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     ClipAdaptive,  # each row, by its parameter's norm
     Clip,  # all gradients, or each, by norm
     Skip,  # where(found_inf, old, new)
+    HandOver,  # gradients left for others: finite
     UpdateScale,  # growth, backoff, counters
     Diagnose,  # per parameter: first inf or nan, magnitudes, underflow
     Decompose,  # normalisations and softmax of forward, by their parts

@@ -113,11 +113,20 @@ def _is_edited(read: Node) -> bool:
             continue
         if node.target is aten.add.Tensor and not node.kwargs:
             stack += node.all_input_nodes
-        elif is_view(node) or node.target is aten.clone.default or (made and made.pass_name == "unscale"):
+        elif is_view(node) or node.target is aten.clone.default or _widens(node):
+            stack.append(source(node))
+        elif made is not None and made.pass_name == "unscale":
             stack.append(source(node))
         else:
             return True
     return False
+
+
+def _widens(node: Node) -> bool:
+    """Whether a node is a cast that no finite number overflows in."""
+    return node.target is aten._to_copy.default and tensor(node).dtype == torch.promote_types(
+        tensor(node).dtype, tensor(source(node)).dtype
+    )
 
 
 def _count_tiny(edit: Editor, mark: Node) -> tuple[Node, Node, int]:

@@ -50,7 +50,8 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
     finals = {n.args[0]: n for n in step.graph.nodes if n.target is aten.copy_.default}
     for mark, update in zip(step.marks(UPDATE), step.updates, strict=True):
         found, final = step.found_inf[update.event], finals.pop(update.old, None)
-        _keep(edit, mark, 0, found, source(mark, 3), "one gradient of the step is not finite: skipped whole")
+        reason = "one gradient of the step is not finite: the update is skipped whole"
+        _keep(edit, mark, 0, found, source(mark, 3), reason)
         if found is not last and final is not None:
             reason = "a gradient of a later optimizer is not finite: the step is skipped whole"
             _keep(edit, final, 1, last, source(mark, 3), reason)
@@ -59,7 +60,9 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
 
 
 def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
-    statistics_of = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
+    last, checked = step.found_inf[max(step.found_inf)], {mark for mark, _ in step.checked}
+    read = {write: marks_behind({source(write, 1)}, GRAD, guarded=True) for write in statistics}
+    checks = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
     marks = {update.old: mark for mark, update in zip(step.marks(UPDATE), step.updates, strict=True)}
     events = {update.old: update.event for update in step.updates}
     for group in update_groups(step):
@@ -70,10 +73,10 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
         found = _verdict(edit, values) if values else step.found_inf[events[olds[0]]]
         for mark in map(marks.__getitem__, olds):
             _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
-    for write, values in statistics_of.items():
-        if values:
-            found = _verdict(edit, values)
-            _keep(edit, write, 1, found, source(write), "a gradient it depends on is not finite")
+    for write in statistics:  # of gradients that no optimizer reads nothing is known but what they led to
+        known = checked.issuperset(read[write])
+        found = _verdict(edit, checks[write]) if known else last
+        _keep(edit, write, 1, found, source(write), "a gradient it depends on is not finite")
 
 
 def _keep(edit: Editor, node: Node, index: int, found: Node, old: Node, reason: str) -> None:

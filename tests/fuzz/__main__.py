@@ -60,7 +60,9 @@ def main() -> None:
                     args.out.mkdir(parents=True, exist_ok=True)
                     (args.out / f"seed_{seed}.py").write_text(f"# {outcome.symptom}\n{text}")
         gc.collect()
-    print(f"\n{dict(kinds)} in {time.monotonic() - start:.0f} s")
+        if kinds.total() % 25 == 0:
+            print(f"{dict(kinds)} in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{dict(kinds)} in {time.monotonic() - start:.0f} s")
     for symptom, count in seen.most_common():
         print(f"{count:5} {symptom}")
 

@@ -97,7 +97,7 @@ def draw(seed: int, codegen: str, without: AbstractSet[str] = frozenset()) -> Pr
 
 def _weight(word: Word, liked: set[str]) -> float:
     """A word that may be refused hides what else is wrong in its program: it is rarer."""
-    return word.weight * (0.4 if word.refusable else 1.0) * (10.0 if word.name in liked else 1.0)
+    return word.weight * (0.25 if word.refusable else 1.0) * (10.0 if word.name in liked else 1.0)
 
 
 def compose(names: Iterable[str], codegen: str) -> Program:
@@ -131,4 +131,4 @@ def _clash(kind: str, word: Word, other_kind: str, other: Word) -> bool:
 
 
 def _tags(kind: str, word: Word) -> set[str]:
-    return {kind, word.name} | ({"tainted"} if word.tainted else set())
+    return {kind, word.name, word.inputs.removesuffix("32")} | ({"tainted"} if word.tainted else set())

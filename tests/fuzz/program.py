@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import textwrap
+from collections.abc import Iterable
 from string import Template
 from types import ModuleType
 
@@ -46,7 +47,7 @@ def inputs(call):
 def build(compile):
     torch.manual_seed(0)
     model = $make
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     models, optimizers, extras = [model], [], {}
     probe = inputs(0)[0]
     $setup
@@ -95,10 +96,7 @@ def source(program: Program) -> str:
     every = [word for _, word in program.chosen]
     model, form, overflow = program.one("model"), program.one("form"), program.of("overflow")
     calls = max(3, *(word.calls for word in every), *(5 if w.name == "every size" else 0 for w in every))
-    head = (
-        "".join(f"trained = {word.code}\n" for word in program.of("params"))
-        or "trained = model.parameters()\n"
-    )
+    trained = next((word.code for word in program.of("params")), "model.parameters()")
     holes = {
         "title": textwrap.fill(program.title, 100),
         "preamble": _lines(word.preamble for word in every),
@@ -112,7 +110,9 @@ def source(program: Program) -> str:
         "rows": next((f"{w.code}[call % {w.code.count(',') + 1}]" for w in program.of("size")), "4"),
         "x": _INPUTS[model.inputs],
         "poison": _poison(overflow, model.inputs),
-        "setup": _lines([*(w.setup for w in program.of("around")), *_setups(program, head)]),
+        "setup": _lines(
+            [*(w.setup for w in program.of("around")), f"trained = {trained}", *_setups(program)]
+        ),
         "optimizer": program.one("optimizer").code,
         "ready": _lines(word.ready for word in every),
         "step": _step(program, form),
@@ -144,8 +144,8 @@ def _options(program: Program) -> list[Word]:
     return [word for kind in ("dtype", "scale", "clip", "mode") for word in program.of(kind)]
 
 
-def _setups(program: Program, trained: str) -> list[str]:
-    return [trained, *(w.setup for kind, w in program.chosen if kind != "around")]
+def _setups(program: Program) -> list[str]:
+    return [word.setup for kind, word in program.chosen if kind != "around"]
 
 
 def _poison(overflow: list[Word], inputs: str) -> str:
@@ -163,8 +163,8 @@ def _step(program: Program, form: Word) -> str:
     return _fill(Template(form.code), holes)
 
 
-def _lines(texts: object) -> str:
-    return "\n".join(text.strip("\n") for text in texts if text)  # pyright: ignore
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def _fill(template: Template, holes: dict[str, str]) -> str:

@@ -24,6 +24,7 @@ class Call:
     skipped: bool
     grads: dict[str, Tensor]  # what `.grad` holds
     largest: float = 0.0  # magnitude of the gradients that the optimizers read
+    huge: bool = False  # an input is more than float16 holds
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Eager:
             old.restore_extras()
         self.calls += 1
         grads = gradients(built) if self.options.get("grads") == "keep" else {}
-        return Call(built.snapshot(), outputs, self.bad, grads, self.largest)
+        huge = any(bool((t.abs() > 6e4).any()) for t in args)
+        return Call(built.snapshot(), outputs, self.bad, grads, self.largest, huge)
 
     def _guarded(self, number: int, optimizer: Optimizer) -> Callable[[], None]:
         plain = optimizer.step
@@ -148,7 +150,8 @@ class Saved:
     """The values of all that a skipped step leaves alone."""
 
     def __init__(self, built: Built) -> None:
-        self.params = [(p, p.detach().clone()) for m in built.models for p in m.parameters()]
+        params = [p for o in built.optimizers for g in o.param_groups for p in g["params"]]
+        self.params = [(p, p.detach().clone()) for p in params]
         self.states = [(o, {p: dict(s) for p, s in _cloned(o).items()}) for o in built.optimizers]
         named = [built.extras[name] for name in built.tainted]
         tensors = [t for value in named for t in (value if isinstance(value, list) else [value])]

@@ -63,6 +63,15 @@ def used_too_early(step: StepGraph) -> None:
     next(n for n in step.graph.nodes if n.op == "call_function").prepend(relu)
 
 
+def read_after_its_write(step: StepGraph) -> None:
+    write = first(step, "copy_.default")
+    view = first(step, "aten.t.default")
+    edit = Editor(step, "test")
+    write.update_arg(0, view.args[0])
+    with edit.after(write):
+        edit.call(aten.sum.default, view, when=Phase.AFTER, reason="test")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -71,6 +80,7 @@ def used_too_early(step: StepGraph) -> None:
         (written_twice, "is written twice"),
         (writes_a_value, "copy_ to something that is not an input"),
         (writes_another_dtype, "would be written torch.float16"),
+        (read_after_its_write, "looks at an input that .* has overwritten"),
         (used_too_early, "is used before it is computed"),
     ],
 )

@@ -88,6 +88,37 @@ AROUND = (
         weight=2,
     ),
     Word(
+        "gradients from before",
+        before="""
+            if call == 0:
+                model(probe).square().mean().backward()
+        """,
+        clashes=("batch norm", "convolution and batch norm", "running mean", "gan with switches"),
+    ),
+    Word(
+        "frozen later",
+        before="""
+            if call == 1:
+                params[0].requires_grad_(False)
+        """,
+        clashes=("autograd.grad", "sharpness aware"),
+    ),
+    Word(
+        "storage replaced",
+        before="""
+            if call == 1:
+                model.head.weight.data = model.head.weight.data.clone()
+        """,
+    ),
+    Word(
+        "weights written",
+        before="""
+            if call == 1:
+                with torch.no_grad():
+                    model.head.weight.mul_(0.5)
+        """,
+    ),
+    Word(
         "state reloaded",
         before="""
             if call == 1:

@@ -33,6 +33,28 @@ MODELS = (
         likes=("Neighbour", "Averaging"),
         weight=2,
     ),
+    Word(
+        "teacher",
+        init="""
+            self.first = nn.Linear(4, 4)
+            self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        """,
+        code="""
+            with torch.no_grad():
+                target = self.teacher(x).tanh()
+            h = self.first(x).tanh() - target
+        """,
+    ),
+    Word(
+        "list of parameters",
+        init="self.weights = nn.ParameterList([torch.randn(4, 4) * 0.4 for _ in range(3)])",
+        code="""
+            h = x
+            for weight in self.weights:
+                h = torch.tanh(h @ weight)
+        """,
+        likes=("Averaging", "Neighbour"),
+    ),
     Word("one layer", code="h = torch.tanh(self.first(x))", init="self.first = nn.Linear(4, 4, bias=False)"),
     Word(
         "layer norm",
@@ -273,6 +295,20 @@ TRICKS = (
     Word("cast of float32", code="h = h.to(x.device, torch.float32)"),
     Word("detached mean", code="h = h - h.detach().mean()"),
     Word("index of rows", code="h = h[torch.arange(h.shape[0]).flip(0)]"),
+    Word("rolled", code="h = h.roll(1, -1) + h.flip(0)"),
+    Word("top values", code="h = torch.cat([h.topk(2, -1).values, h[:, :2]], -1)"),
+    Word("einsum", code="h = torch.einsum('ri,rj,rj->ri', h, h, h)"),
+    Word("cumulative", code="h = h.cumsum(-1) / torch.arange(1, 5)"),
+    Word("softmax over rows", code="h = h.softmax(0) + h.log_softmax(-1)"),
+    Word("float64", code="h = (h.double() * 0.5).float()"),
+    Word("standardised", code="h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + 1e-5).sqrt()"),
+    Word("padded", code="h = F.pad(h, (1, 1))[:, :4]"),
+    Word("stacked", code="h = torch.stack(h.unbind(-1)[::-1], -1)"),
+    Word("functional layer norm", code="h = F.layer_norm(h, (4,), eps=1e-6)"),
+    Word("put by index", code="h = h.index_put((torch.tensor([0]), torch.tensor([1])), torch.tensor(0.5))"),
+    Word("exponential", code="h = (h.clamp(-3, 3) * 2).exp() * 0.1"),
+    Word("tiny constant", code="h = h / (h.abs() + 1e-5) + h * 1e-6"),
+    Word("large constant", code="h = torch.tanh(h * 1000 / 3000) + (h - 70000.0) * 0 + h"),
     Word("sorted", code="h = h.sort(-1).values"),
     Word("scatter", code="h = torch.zeros_like(h).scatter_add(1, h.argsort(-1), h)"),
     Word(

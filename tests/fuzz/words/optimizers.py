@@ -103,6 +103,14 @@ OPTIMIZERS = (
         "ASGD(lr=0.05, lambd=0.1)",
         "Rprop(lr=0.01)",
         "Adafactor(lr=0.01)",
+        "SGD(lr=0.1, foreach=True, weight_decay=0.01)",
+        "Adam(lr=torch.tensor(0.01), betas=(0.0, 0.0))",
+        "Adagrad(lr=0.05, maximize=True, eps=0.0)",
+        "Adadelta(lr=0.5, weight_decay=0.1, maximize=True)",
+        "Rprop(lr=0.01, etas=(0.8, 1.1), step_sizes=(1e-4, 0.1))",
+        "RMSprop(lr=0.01, alpha=0.5, weight_decay=0.1, maximize=True)",
+        "Adamax(lr=0.01, weight_decay=0.1)",
+        "NAdam(lr=0.01, momentum_decay=0.5)",
     ),
     Word("Lion", code="Lion(trained)", preamble=_LION),
     Word("Neighbour", code="Neighbour(trained)", preamble=_NEIGHBOUR, clashes=("skip='tensor'",), weight=2),
@@ -110,6 +118,7 @@ OPTIMIZERS = (
 )
 
 PARAMS = (
+    Word("named", code="[(n, p) for n, p in model.named_parameters()]"),
     Word("reversed list", code="params[::-1]"),
     Word("generator", code="(p for p in params)"),
     Word(
@@ -172,6 +181,26 @@ SCHEDULES = (
                 group["weight_decay"] = 0.1 * call
         """,
         clashes=("Lion", "Neighbour", "Averaging"),
+    ),
+    Word(
+        "one cycle",
+        ready="""
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, 0.05, total_steps=12, cycle_momentum=False
+            )
+        """,
+        before="""
+            if call:
+                scheduler.step()
+        """,
+    ),
+    Word(
+        "betas change",
+        before="""
+            for group in optimizer.param_groups:
+                if "betas" in group:
+                    group["betas"] = (0.9 - 0.1 * call, 0.99)
+        """,
     ),
     Word(
         "cosine",

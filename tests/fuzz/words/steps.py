@@ -270,6 +270,74 @@ FORMS = (
         refusable=True,
     ),
     Word(
+        "gradient penalty",
+        code="""
+            optimizer.zero_grad()
+            x = x.detach().requires_grad_()
+            $loss
+            (g,) = torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)
+            loss = loss + 0.1 * g.square().mean()
+            loss.backward()
+            $edit
+            optimizer.step()
+            $after
+            return $result
+        """,
+        clashes=("tokens", "attention", "two heads"),
+        refusable=True,
+    ),
+    Word(
+        "every second call",
+        setup='turn = {"calls": 0}',
+        code="""
+            $loss
+            loss.backward()
+            turn["calls"] += 1
+            if turn["calls"] % 2 == 0:
+                $edit
+                optimizer.step()
+                $after
+                optimizer.zero_grad()
+            return $result
+        """,
+        refusable=True,
+        clashes=("overflow",),
+    ),
+    Word(
+        "branch on data",
+        code="""
+            optimizer.zero_grad()
+            $loss
+            if loss.detach() < 1e9:
+                loss.backward()
+                $edit
+                optimizer.step()
+                $after
+            return $result
+        """,
+        refusable=True,
+    ),
+    Word(
+        "function of a function",
+        code="""
+            def forward(x, y):
+                $loss
+                return out, loss
+
+            def update():
+                $edit
+                optimizer.step()
+
+            optimizer.zero_grad()
+            out, loss = forward(x, y)
+            loss.backward()
+            update()
+            $after
+            return $result
+        """,
+        clashes=("diagonal kept for later", "unfolded for later"),
+    ),
+    Word(
         "print in a loop",
         code="""
             optimizer.zero_grad()

@@ -86,6 +86,25 @@ EDITS = (
                 params[0].grad.add_(0.1 * model.head.weight.detach().diagonal().sum())
         """,
     ),
+    Word("dropped", code="params[0].grad = None"),
+    Word("zeroed", code="if params[0].grad is not None:\n    params[0].grad.zero_()"),
+    Word("copied", code="if params[0].grad is not None:\n    params[0].grad.copy_(params[0].detach() * 0.1)"),
+    Word(
+        "fixed noise",
+        setup="noise = [0.01 * torch.randn(p.shape) for p in params]",
+        code="""
+            for p, n in zip(params, noise):
+                if p.grad is not None:
+                    p.grad = p.grad + n
+        """,
+    ),
+    Word(
+        "sum of gradients kept",
+        setup='total = extras["total"] = torch.zeros(())',
+        code="total.add_(sum(p.grad.sum() for p in params if p.grad is not None))",
+        tainted=("total",),
+        likes=("inf",),
+    ),
     Word(
         "replaced",
         code="""
@@ -218,6 +237,29 @@ AFTER = (
             frame = extras["frame"] = torch.zeros(3, 4)
         """,
         exact=("frame",),
+    ),
+    Word(
+        "projected",
+        code="""
+            with torch.no_grad():
+                for p in params:
+                    p.mul_(p.norm().clamp(max=2.0) / (p.norm() + 1e-6))
+        """,
+        clashes=("overflow",),
+    ),
+    Word(
+        "target network",
+        setup="""
+            target = nn.Linear(4, 3)
+            target.load_state_dict(model.head.state_dict())
+            models.append(target)
+        """,
+        code="""
+            with torch.no_grad():
+                for t, p in zip(target.parameters(), model.head.parameters()):
+                    t.mul_(0.9).add_(p, alpha=0.1)
+        """,
+        clashes=("gan", "gan with switches"),
     ),
     Word(
         "clamped",
