@@ -94,7 +94,7 @@ permute transpose t expand unsqueeze squeeze select slice unbind split split_wit
 as_strided alias detach lift_fresh_copy flip roll repeat cat stack constant_pad_nd clone contiguous copy index
 index_select gather take_along_dim masked_select unfold pixel_shuffle pixel_unshuffle native_dropout dropout
 bernoulli rand_like randn_like max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool1d
-avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d reflection_pad1d reflection_pad2d
+_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d embedding amax amin max min argmax argmin topk sort tril triu eq ne lt le
 gt ge isnan isinf isfinite logical_not logical_and logical_or any all zeros_like ones_like full_like
 empty_like new_zeros new_ones new_full new_empty new_empty_strided _to_copy to type_as getitem sym_size fill
@@ -102,7 +102,7 @@ zero bitwise_not bitwise_and bitwise_or nonzero slice_backward select_backward u
 diagonal_backward unsafe_split unsafe_chunk broadcast_tensors view_as _conj resolve_conj empty_strided
 convert_element_type device_put kthvalue median nanmedian mode cummax cummin aminmax argsort msort rot90
 movedim repeat_interleave isneginf isposinf signbit heaviside sgn frac copysign nan_to_num logical_xor isin
-count_nonzero unique_consecutive hardshrink softshrink threshold rrelu_with_noise_functional
+count_nonzero unique_consecutive hardshrink softshrink threshold 
 native_channel_shuffle im2col col2im max_unpool2d max_unpool3d fractional_max_pool2d fractional_max_pool3d
 adaptive_max_pool3d reflection_pad3d replication_pad3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_avg_pool3d normal_functional uniform exponential geometric multinomial
@@ -113,9 +113,9 @@ _BACKWARD_FOLLOW = """
 gelu_backward silu_backward sigmoid_backward tanh_backward threshold_backward leaky_relu_backward elu_backward
 hardtanh_backward hardsigmoid_backward hardswish_backward mish_backward native_dropout_backward
 log_sigmoid_backward softplus_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
-avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward
+avg_pool2d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward
 adaptive_max_pool2d_backward reflection_pad1d_backward reflection_pad2d_backward glu_backward
-_prelu_kernel_backward hardshrink_backward softshrink_backward rrelu_with_noise_backward
+_prelu_kernel_backward hardshrink_backward softshrink_backward 
 reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
 adaptive_max_pool3d_backward fractional_max_pool2d_backward fractional_max_pool3d_backward
 """
@@ -152,7 +152,8 @@ _upsample_bicubic2d_aa_backward erfcx special_entr special_log1p i0 igamma polyg
 ldexp logit_backward _weight_norm_interface _weight_norm_interface_backward trace quantile nanquantile nanmean
 polar complex view_as_complex linalg_cholesky_ex linalg_inv_ex _linalg_svd linalg_qr _linalg_eigh
 _linalg_solve_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_solve_triangular linalg_lstsq
-linalg_pinv fake_quantize_per_tensor_affine _masked_softmax
+linalg_pinv fake_quantize_per_tensor_affine _masked_softmax avg_pool3d avg_pool3d_backward
+rrelu_with_noise_functional rrelu_with_noise_backward
 """
 
 COLOURS: dict[str, Colour] = {

@@ -76,7 +76,9 @@ NORMS = [
     lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
     lambda: nn.RMSNorm(6),
     lambda: nn.RMSNorm(6, elementwise_affine=False),
+    lambda: nn.LocalResponseNorm(2),
     lambda: nn.PReLU(4),
+    lambda: nn.RReLU(),
 ]
 
 
