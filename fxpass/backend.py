@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -93,10 +92,6 @@ class MixedPrecision(Options):
     def note_break(self, record: _torch.FrameRecord) -> None:
         """Dynamo broke the graph of a frame: remembered for the error that may follow."""
         self._state.last_break = (record.break_reason, record.break_where)
-
-    def trains(self, code: CodeType) -> bool:
-        """Whether a training step was compiled from ``code``."""
-        return self._state.compilations.trains(code)
 
     def refuse_eager(self, where: str) -> None:
         """Raise: a backward is about to run uncompiled under this backend.

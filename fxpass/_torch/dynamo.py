@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -53,6 +54,7 @@ from .handles import readable_name
 from .record import FrameRecord, LeafGrad
 from .requires_grad import SETATTR, assignment_hook, toggle_hook
 
+_trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
     "trace_autograd_ops": True,
     "allow_rnn": True,
@@ -82,8 +84,10 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         outer = current_record()
         local.record = record
         try:
-            with _patches(), _limits(backend, args[0]):
-                return original(*args, **kwargs)
+            with _patches(), _limits(args[0]):
+                result = original(*args, **kwargs)
+            _trains[args[0]] = bool(record.events)
+            return result
         except Exception as error:
             ours = record.error or _fxpass_cause(error)
             if ours is None:
@@ -99,13 +103,13 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
     return _compile
 
 
-def _limits(backend: Any, code: CodeType) -> contextlib.AbstractContextManager[Any]:
+def _limits(code: CodeType) -> contextlib.AbstractContextManager[Any]:
     """No limit of Dynamo's on recompiling training code, which would run uncompiled then.
 
-    The backend counts per optimizer instead, and raises; other code (what follows a
-    print after the step, say) may run uncompiled.
+    The backend counts per optimizer instead, and raises. Code known to train nothing
+    (what follows a print after the step, say) may run uncompiled.
     """
-    if not backend.trains(code):
+    if not _trains.get(code, True):
         return contextlib.nullcontext()
     return dynamo_config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
 

@@ -107,9 +107,6 @@ class Compilations:
 
     done: list[tuple[CodeType, tuple[weakref.ref[torch.optim.Optimizer], ...]]] = field(default_factory=list)
 
-    def trains(self, code: CodeType) -> bool:
-        return any(known is code for known, _ in self.done)
-
     def note(self, record: Any) -> None:
         """Count one more compilation.
 

@@ -181,8 +181,8 @@ def _finish_outputs(
     for leaf, grad in record.escaping.items():
         if grad in positions:
             old = by_name.get(record.found.get(leaf, ""))
-            is_input = old is not None and old.op == "placeholder"
-            captured.handed_over.append((positions[grad], old.name if is_input else None))
+            name = old.name if old is not None and old.op == "placeholder" else None
+            captured.handed_over.append((positions[grad], name))
     if keep_grads:
         positions = {n: i for i, n in enumerate(graph.nodes) if n.op == "placeholder"}
         for param, grad in record.kept:

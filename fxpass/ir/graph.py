@@ -78,7 +78,7 @@ class StepGraph:
     read_events: list[int] = field(default_factory=list)  # the optimizer event of READ mark i
     read_groups: list[int] = field(default_factory=list)  # the parameter group of READ mark i
     backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
-    # outputs that are gradients left in .grad for others, each with the .grad it adds to (None: there was none)
+    # outputs that are gradients left in .grad for others, each with the .grad it adds to, if there was one
     handed_over: list[tuple[int, Node | None]] = field(default_factory=list)
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
     # set by check_finite, by optimizer event: a 0-d bool, true if the event must be skipped
