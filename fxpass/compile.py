@@ -153,6 +153,7 @@ class _Compilation:
             self.options.grads == "drop",
             self.watch,
             self.state.reporter,
+            checks.module_hooks_stay(self.record),
         )
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

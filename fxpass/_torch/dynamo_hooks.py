@@ -20,6 +20,7 @@ from ..errors import CaptureError
 from .dynamo_common import fail, is_none, user_line
 
 VariableTracker = base.VariableTracker
+_GLOBAL = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 ON_GRADIENT = "_backward_hooks"  # Tensor.register_hook
 AFTER_ACCUMULATION = "_post_accumulate_grad_hooks"  # Tensor.register_post_accumulate_grad_hook
 
@@ -65,6 +66,11 @@ def refuse_backward_hooks(module: torch.nn.Module) -> None:
         found = f"{type(module).__name__} has a backward hook registered (register_full_backward_hook)"
         hint = "register it on the tensor, in forward: out.register_hook(fn), which is traced"
         raise fail(CaptureError(found, where=user_line(), hint=hint))
+
+
+def global_module_hooks() -> tuple[int, ...]:
+    """The hooks registered for all modules, by id: Dynamo has no guard on them."""
+    return tuple(key for name in _GLOBAL for key in getattr(_modules, name))
 
 
 def refuse_retain_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -85,6 +85,20 @@ def still_requires_grad(record: Any, last_break: tuple[str, str] | None) -> Capt
     return CaptureError(
         f"{found}; {_ends(reason, 'backward()')}", where=where, hint=_break_hint(reason, hint)
     )
+
+
+def module_hooks_stay(record: Any) -> Callable[[], None]:
+    """A check for every call: the hooks registered for all modules are those of the capture."""
+    known = _torch.global_module_hooks()
+    where = record.events[0].where if record.events else ""
+
+    def check() -> None:
+        if _torch.global_module_hooks() != known:
+            found = "a hook for all modules was registered or removed after the step was compiled"
+            hint = "call torch.compiler.reset() after it, or register it on the modules themselves"
+            raise CaptureError(found, where=where, hint=hint)
+
+    return check
 
 
 def uncompiled(last_break: tuple[str, str] | None, where: str) -> CaptureError:

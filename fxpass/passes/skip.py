@@ -82,6 +82,8 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
 def _keep(edit: Editor, node: Node, index: int, found: Node, old: Node, reason: str) -> None:
     """Make argument ``index`` of ``node`` the ``old`` value where ``found``."""
     when = Phase.UPDATE if index == 0 else Phase.AFTER
+    if node < found:  # an optimizer that steps inside of backward, before the other gradients are looked at
+        edit.hoist(found, node)
     with edit.before(node):
         kept = edit.call(aten.where.self, found, old, source(node, index), when=when, reason=reason)
     edit.set_arg(node, index, kept)

@@ -72,8 +72,10 @@ class CompiledStep:
     drop_grads: bool
     watch: Watch | None
     reporter: Reporter
+    holds: Callable[[], None]  # raises if what the capture took for granted has changed
 
     def __call__(self, *args: Any) -> Any:
+        self.holds()
         extras: list[Tensor] = []
         if self.bindings:
             self.scaler.to(self.device)

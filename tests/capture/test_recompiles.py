@@ -1,0 +1,234 @@
+"""What changes from call to call without a new graph, and what is said where the limit is reached."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from fxpass import CaptureError, MixedPrecision
+from tests.helpers import EAGER, Mlp, Training, batches, compare
+
+CALLS = batches(11)
+
+
+def _with(around: Callable[[Mlp, Tensor, Tensor], Tensor]) -> Callable[[], Training]:
+    """A step whose loss and notes are ``around``'s."""
+
+    def build() -> Training:
+        net = Mlp()
+        opt = torch.optim.AdamW(net.parameters(), lr=0.01)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            opt.zero_grad()
+            loss = around(net, x, y)
+            loss.backward()
+            opt.step()
+
+        return Training(step, [net], [opt], CALLS)
+
+    return build
+
+
+def _after(note: Callable[[Tensor], None]) -> Callable[[], Training]:
+    """A step that notes its loss after the update."""
+
+    def build() -> Training:
+        net = Mlp()
+        opt = torch.optim.AdamW(net.parameters(), lr=0.01)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            opt.zero_grad()
+            loss = mse_loss(net(x), y)
+            loss.backward()
+            opt.step()
+            note(loss)
+
+        return Training(step, [net], [opt], CALLS)
+
+    return build
+
+
+@pytest.mark.parametrize("codegen", ["inductor", "eager"])
+def test_histories_grow_without_a_new_graph(codegen: str) -> None:
+    history: list[Tensor] = []
+    last: deque[Tensor] = deque(maxlen=3)
+    by_name: dict[str, list[Tensor]] = {"loss": []}
+
+    def note(loss: Tensor) -> None:
+        history.append(loss.detach())
+        last.append(loss)
+        by_name["loss"].append(loss * 2)
+
+    build = _after(note)
+    training = build()
+    expected = training.run(training.step) and list(history)
+    twice = [float(x.detach()) for x in by_name["loss"]]
+    for kept in (history, last, by_name["loss"]):
+        kept.clear()
+    torch.manual_seed(0)
+    training, mp = build(), MixedPrecision(dtype="float32", codegen=codegen)
+    training.run(torch.compile(training.step, backend=mp))
+    assert len(mp.graphs) == 1
+    assert mp.stats().steps == len(history) == len(expected) == len(CALLS)
+    assert len(last) == 3
+    assert last[-1] is not None
+    assert len(twice) == len(by_name["loss"])
+    assert float(by_name["loss"][-1].detach()) == pytest.approx(2 * float(history[-1]))
+
+
+def test_a_list_that_the_step_reads_is_guarded() -> None:
+    factors: list[float] = [1.0]
+    build = _with(lambda net, x, y: mse_loss(net(x), y) * sum(factors))
+    net = build()
+    mp = MixedPrecision(**EAGER)
+    step = torch.compile(net.step, backend=mp)
+    step(*CALLS[0])
+    factors.append(2.0)
+    step(*CALLS[1])
+    assert len(mp.graphs) == 2
+    assert mp.stats().steps == 2
+
+
+class Annealed(nn.Module):
+    """A module that counts its calls and anneals a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls, self.factor = Mlp(), 0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x) * (1.0 + self.factor)
+
+
+@pytest.mark.parametrize("where", ["object", "module", "closure", "counter"])
+def test_numbers_that_reach_only_tensor_maths(where: str) -> None:
+    def build() -> Training:
+        net = Annealed()
+        opt = torch.optim.AdamW(net.parameters(), lr=0.01)
+        notes = SimpleNamespace(calls=0, beta=0.0)
+        seen: Counter[str] = Counter()
+        sums: dict[str, Any] = defaultdict(int)
+        number = 0
+
+        def step(x: Tensor, y: Tensor) -> None:
+            nonlocal number
+            number += 1
+            notes.calls += 1
+            factor = {"object": 0.5 + notes.beta, "closure": 1.0 / (number + 1)}.get(where, 1.0)
+            opt.zero_grad()
+            loss = mse_loss(net(x), y) * factor
+            loss.backward()
+            opt.step()
+            if where == "object":
+                notes.beta += 0.1
+            elif where == "module":
+                net.factor += 0.01
+            elif where == "counter":
+                seen["steps"] += 1
+                sums["loss"] += loss.detach()
+
+        return Training(step, [net], [opt], CALLS)
+
+    torch.manual_seed(0)
+    eager = build()
+    eager.run(eager.step)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    compiled, mp = build(), MixedPrecision(**EAGER)
+    compiled.run(torch.compile(compiled.step, backend=mp))
+    for ours, theirs in zip(compiled.models[0].parameters(), eager.models[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert compiled.models[0].calls == eager.models[0].calls == len(CALLS)
+    assert mp.stats().steps == len(CALLS)
+    assert len(mp.graphs) <= (4 if where == "counter" else 3)  # an empty Counter, a 1, then any number
+
+
+@pytest.mark.parametrize("one_handle", [True, False])
+def test_a_new_model_through_the_same_code_is_a_new_step(one_handle: bool) -> None:
+    mp, alive, counted = MixedPrecision(**EAGER), [], 0
+    for _ in range(10):
+        training = _with(lambda net, x, y: mse_loss(net(x), y))()
+        handle = mp if one_handle else MixedPrecision(**EAGER)
+        step = torch.compile(training.step, backend=handle)
+        step(*CALLS[0])
+        step(*CALLS[1])
+        alive.append((training, step))
+        counted += 0 if one_handle else handle.stats().steps
+    assert (mp.stats().steps if one_handle else counted) == 20
+
+
+def test_models_as_arguments_are_new_steps_too() -> None:
+    mp, alive = MixedPrecision(**EAGER), []
+
+    @torch.compile(backend=mp)
+    def step(net: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        opt.zero_grad()
+        mse_loss(net(x), y).backward()
+        opt.step()
+
+    for _ in range(10):
+        net = Mlp()
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        alive.append((net, opt))
+        step(net, opt, *CALLS[0])
+    assert mp.stats().steps == 10
+
+
+def test_past_the_limit_the_error_names_the_guard_and_its_line() -> None:
+    history: list[Tensor] = []
+
+    def note(loss: Tensor) -> None:
+        history.append(loss.detach())
+        if len(history) > 100:  # HERE
+            history.clear()
+
+    training, mp = _after(note)(), MixedPrecision(**EAGER)
+    step = torch.compile(training.step, backend=mp)
+    before: list[Tensor] = []
+    with pytest.raises(CaptureError, match=r"compiled 8 times .* not len\(") as error:  # noqa: PT012
+        for call in CALLS:
+            before = [p.detach().clone() for p in training.models[0].parameters()]
+            step(*call)
+    assert "test_recompiles.py" in error.value.where
+    assert mp.stats().steps == 8
+    for now, then in zip(training.models[0].parameters(), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_the_advice_for_it_works() -> None:
+    """Let it change outside of the step."""
+    history: list[Tensor] = []
+    training, mp = _after(lambda loss: history.append(loss.detach()))(), MixedPrecision(**EAGER)
+    step = torch.compile(training.step, backend=mp)
+    for call in CALLS:
+        step(*call)
+        if len(history) > 4:
+            history.clear()
+    assert mp.stats().steps == len(CALLS)
+    assert len(mp.graphs) == 1
+
+
+def test_evaluation_may_be_compiled_for_many_models() -> None:
+    mp = MixedPrecision(**EAGER)
+    alive = []
+    for _ in range(10):
+        net = Mlp()
+        alive.append(net)
+        with torch.no_grad():
+            torch.compile(lambda x, net=net: net(x), backend=mp)(CALLS[0][0])
+
+
+def test_compare_counts_steps() -> None:
+    """The comparison itself fails when a call runs uncompiled."""
+    mp = MixedPrecision(**EAGER)
+    build = _with(lambda net, x, y: mse_loss(net(x), y))
+    with pytest.raises(AssertionError, match="a call ran uncompiled"):
+        compare(build, steps=2, handle=mp)
