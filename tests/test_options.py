@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 
 import fxpass
 from fxpass import DynamicLossScale, HeadroomLossScale, MixedPrecision, OptionError, StaticLossScale
+from tests.helpers import Mlp
 
 
 @pytest.mark.parametrize(
@@ -156,3 +159,44 @@ def test_of_something_else_is_an_error() -> None:
     for thing in (print, torch.compile(print, backend="eager"), torch.nn.Linear(1, 1)):
         with pytest.raises(OptionError, match="not a step compiled by fxpass"):
             fxpass.of(thing)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_nrm": 1.0}, "option 'max_nrm' does not exist\n  to do: did you mean 'max_norm'"),
+        ({"inductor": {"max_autotun": True}}, "'max_autotun' is no setting .*\n  to do: .*'max_autotune'"),
+        ({"inductor": {"max_autotune": True}, "codegen": "eager"}, "with codegen='eager'"),
+    ],
+)
+def test_names_that_do_not_exist_get_the_nearest_one(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        MixedPrecision(**options)
+    with pytest.raises(OptionError, match=message):
+        torch.compile(lambda x: x + 1, backend="mixedprec", options=options)(torch.ones(1))
+
+
+def test_the_advice_works() -> None:
+    assert MixedPrecision(max_norm=1.0, inductor={"max_autotune": False}).max_norm == 1.0
+
+
+def test_a_pattern_of_keep_fp32_that_matches_nothing() -> None:
+    net = Mlp()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def step(x: torch.Tensor) -> None:
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+
+    compile_ = lambda *patterns: torch.compile(  # noqa: E731
+        step, backend=MixedPrecision(keep_fp32=patterns, codegen="eager")
+    )
+    with pytest.raises(OptionError, match=r"'frist' matches no module .*\n  to do: did you mean 'first'"):
+        compile_("norm", "frist")(torch.ones(3, 4))
+    with pytest.raises(OptionError, match="the modules are first, last, norm"):
+        compile_("?")(torch.ones(3, 4))
+    torch.compiler.reset()
+    run = compile_("first", "*")
+    run(torch.ones(3, 4))
+    assert fxpass.of(run).stats().steps == 1

@@ -52,7 +52,7 @@ from .eager import watch_backward
 from .growing import codegen_hook, wrap_listlike_hook
 from .handles import readable_name
 from .record import FrameRecord, LeafGrad
-from .requires_grad import SETATTR, assignment_hook, toggle_hook
+from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
@@ -330,7 +330,7 @@ def _take_over_grads(effects: Any, record: FrameRecord) -> None:
     for variable, pending in effects.store_attr_mutations.items():
         if "grad" not in pending or not isinstance(variable, tensor.TensorVariable):
             continue
-        node = variable.as_proxy().node.name
+        node = input_proxy(variable).node.name
         grad = pending["grad"]
         if node in stepped:
             del pending["grad"]

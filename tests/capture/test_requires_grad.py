@@ -72,6 +72,7 @@ def test_as_eager(toggle: Toggle, codegen: str) -> None:
     actual = train(compiled, torch.compile(compiled.step, backend=mp))
     same(actual[-1], expected[-1], "state")
     assert [p.requires_grad for p in compiled.parameters()] == [p.requires_grad for p in eager.parameters()]
+    assert all(p.grad is None for p in compiled.parameters()), "frozen or not"
     assert mp.stats().steps == 3
     assert len(mp.graphs) == 2, "the critic is frozen when the second call begins, and from then on"
 

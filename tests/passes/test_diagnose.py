@@ -198,3 +198,38 @@ def test_a_few_values_per_gradient_and_nothing_of_a_gradients_size() -> None:
     again = MixedPrecision(dtype="bfloat16")
     bare, _ = graph_of(*training_step(), passes_for(again))
     assert not bare.tiny, "no float16, no underflow to count"
+
+
+def test_one_row_per_parameter_told_apart_across_models() -> None:
+    mp, alive = MixedPrecision(codegen="eager", loss_scale=128.0), []
+    for factor in (1.0, math.inf):
+        net = nn.Linear(4, 2)
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+        @torch.compile(backend=mp)
+        def step(x: Tensor, net: nn.Module = net, opt: torch.optim.Optimizer = opt) -> None:
+            net(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+        alive.append((net, opt))
+        step(torch.ones(3, 4) * factor)
+    rows = {row.name: row.times for row in mp.diagnosis()}
+    assert rows == {"weight": 0, "bias": 0, "weight (2)": 1, "bias (2)": 1}
+
+
+def test_two_models_of_one_step_have_names_of_their_own() -> None:
+    maker, critic = nn.Linear(4, 4), nn.Linear(4, 2)
+    opts = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (maker, critic)]
+    mp = MixedPrecision(codegen="eager", loss_scale=128.0)
+
+    @torch.compile(backend=mp)
+    def step(x: Tensor) -> None:
+        critic(maker(x)).square().mean().backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+
+    step(torch.ones(3, 4))
+    names = {row.name for row in mp.diagnosis()}
+    assert names == {"maker.weight", "maker.bias", "critic.weight", "critic.bias"}
