@@ -330,7 +330,7 @@ def _take_over_grads(effects: Any, record: FrameRecord) -> None:
     for variable, pending in effects.store_attr_mutations.items():
         if "grad" not in pending or not isinstance(variable, tensor.TensorVariable):
             continue
-        node = input_proxy(variable).node.name
+        node = str(input_proxy(variable).node.name)
         grad = pending["grad"]
         if node in stepped:
             del pending["grad"]

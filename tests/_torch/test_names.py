@@ -10,7 +10,23 @@ import torch
 
 NAMES = """
 torch._dynamo.convert_frame._compile
+torch._dynamo.convert_frame.get_and_maybe_log_recompilation_reasons
+torch._dynamo.config.accumulated_recompile_limit
+torch._dynamo.config.allow_unspec_int_on_nn_module
+torch._dynamo.config.recompile_limit
+torch._dynamo.config.skip_nnmodule_hook_guards
 torch._dynamo.config.trace_autograd_ops
+torch._dynamo.decorators.skip
+torch._dynamo.eval_frame._stance.stance
+torch._dynamo.side_effects.SideEffects._get_modified_vars
+torch._dynamo.side_effects.SideEffects.codegen_update_mutated
+torch._dynamo.variables.builder.VariableBuilder.wrap_listlike
+torch._dynamo.variables.lists.DequeVariable
+torch._dynamo.variables.lists.ListVariable
+torch._dynamo.variables.tensor.TensorVariable.method_attr_retain_grad
+torch.nn.modules.module._global_forward_hooks
+torch._C._get_mkldnn_enabled
+torch._C._set_mkldnn_enabled
 torch._dynamo.config.allow_rnn
 torch._dynamo.eval_frame._TorchDynamoContext
 torch._dynamo.eval_frame.OptimizedModule.dynamo_ctx
@@ -98,7 +114,7 @@ def test_the_compiler_function_is_the_sixth_argument() -> None:
     from torch._dynamo import convert_frame
 
     parameters = list(inspect.signature(inspect.unwrap(convert_frame._compile)).parameters)
-    assert parameters[5] == "compiler_fn"
+    assert (parameters[0], parameters[5]) == ("code", "compiler_fn")
 
 
 def test_patches_are_gone_after_a_compilation() -> None:
