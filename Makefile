@@ -24,7 +24,7 @@ demo-digits: .venv ## train a conv net with BatchNorm on scikit-learn's digits
 	$(BIN)/python examples/digits_cnn.py
 
 test: lint ## everything that CI checks: lint, then pytest on two processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 N ?= 300
 SEED ?= 0

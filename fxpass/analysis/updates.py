@@ -10,8 +10,13 @@ from torch.fx import Node
 
 from ..ir.graph import Phase, Role, StepGraph, origin, phase, source
 from ..ir.marks import GRAD, MARK, UPDATE
+from .policy import op_name
 
 aten = torch.ops.aten
+# Operators that take the shape of their input, and no value.
+_SHAPE_ONLY = frozenset(
+    "zero zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full".split()
+)
 
 
 @dataclass
@@ -80,6 +85,8 @@ def _depends_on(node: Node, guarded: bool) -> list[Node]:
     """What the value is computed from: not what a copy overwrites, nor a guarded update's new value."""
     if node.target is aten.copy.default:
         return [source(node, 1)]
+    if op_name(node.target) in _SHAPE_ONLY:
+        return []
     if guarded and node.target is MARK and node.args[1] == UPDATE:
         return [source(node, 3)]
     if node.target is operator.getitem and _is_foreach(source(node)):
