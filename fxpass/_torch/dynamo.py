@@ -21,6 +21,7 @@ import contextlib
 import functools
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -49,7 +50,7 @@ from .dynamo_common import (
 from .dynamo_hooks import after_accumulation, hooked_gradient, refuse_backward_hooks, refuse_retain_grad
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
 from .eager import watch_backward
-from .growing import codegen_hook, wrap_listlike_hook
+from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .record import FrameRecord, LeafGrad
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
@@ -155,11 +156,6 @@ def _patches() -> Iterator[None]:
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
         patch(builder, "get_static_address_type", lambda _: None)
-        patch(
-            builder.VariableBuilder,
-            "wrap_listlike",
-            wrap_listlike_hook(builder.VariableBuilder.wrap_listlike),
-        )
         replay = side_effects.SideEffects.codegen_update_mutated
         patch(side_effects.SideEffects, "codegen_update_mutated", codegen_hook(replay))
         reasons = convert_frame.get_and_maybe_log_recompilation_reasons
@@ -268,6 +264,8 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(value, torch.amp.GradScaler):
             hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
             raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
+        if type(value) in (list, deque):
+            return wrap_growing(self, value)
         if isinstance(value, torch.nn.Module):
             refuse_backward_hooks(value)
             name = readable_name(self.source.name) if self.source else ""

@@ -62,28 +62,26 @@ class GrowingDeque(_Growing, DequeVariable):  # pyright: ignore[reportIncompatib
 _KINDS = {ListVariable: GrowingList, DequeVariable: GrowingDeque}
 
 
-def wrap_listlike_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``VariableBuilder.wrap_listlike``, which makes a growing list of a list."""
+def wrap_growing(builder: Any, value: list[Any] | deque[Any]) -> Any:
+    """What ``VariableBuilder.wrap_listlike`` makes of a list, without the guard on its length for now.
 
-    def wrap_listlike(self: Any, value: Any) -> Any:
-        if type(value) not in (list, deque):
-            return original(self, value)
-        self.install_guards = lambda *_: None  # that of the length waits
-        try:
-            variable = original(self, value)
-        finally:
-            del self.install_guards
-        grown = _KINDS.get(type(variable))
-        if grown is None or variable.source is None:
-            self.install_guards(GuardBuilder.SEQUENCE_LENGTH)
-            return variable
-        self.install_guards(GuardBuilder.TYPE_MATCH)
-        present = variable.__dict__.pop("items")
-        variable.__class__ = grown
-        vars(variable).update(_present=present, _appended=[])
+    Called from ``_wrap``: Dynamo keeps ``wrap_listlike`` in a table of the process, where
+    a patch of it would stay for every backend.
+    """
+    builder.install_guards = lambda *_: None
+    try:
+        variable = builder.wrap_listlike(value)
+    finally:
+        del builder.install_guards
+    grown = _KINDS.get(type(variable))
+    if grown is None or variable.source is None:
+        builder.install_guards(GuardBuilder.SEQUENCE_LENGTH)
         return variable
-
-    return wrap_listlike
+    builder.install_guards(GuardBuilder.TYPE_MATCH)
+    present = variable.__dict__.pop("items")
+    variable.__class__ = grown
+    vars(variable).update(_present=present, _appended=[])
+    return variable
 
 
 def codegen_hook(original: Callable[..., Any]) -> Callable[..., Any]:

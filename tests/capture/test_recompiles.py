@@ -83,6 +83,22 @@ def test_histories_grow_without_a_new_graph(codegen: str) -> None:
     assert float(by_name["loss"][-1].detach()) == pytest.approx(2 * float(history[-1]))
 
 
+def test_lists_of_other_backends_are_as_ever() -> None:
+    """Dynamo keeps a table of its methods for the whole process: neither side may see the other's."""
+    seen: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(x + 1)
+        return x * len(seen)
+
+    for backend in ("eager", MixedPrecision(**EAGER), "eager"):
+        torch.compiler.reset()
+        seen.clear()
+        compiled = torch.compile(note, backend=backend)
+        assert [float(compiled(torch.ones(()))) for _ in range(3)] == [1.0, 2.0, 3.0]
+    test_histories_grow_without_a_new_graph("eager")
+
+
 def test_a_list_that_the_step_reads_is_guarded() -> None:
     factors: list[float] = [1.0]
     build = _with(lambda net, x, y: mse_loss(net(x), y) * sum(factors))
