@@ -34,7 +34,7 @@ class Growth(str, Enum):
 
 
 _SHAPE = """
-zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
+zero zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
 new_empty new_empty_strided sym_size sym_stride sym_numel sym_storage_offset
 """
 
@@ -117,6 +117,11 @@ def growth_of(node: Node) -> Growth:
     if name == "linalg_vector_norm" and len(node.args) > 1 and node.args[1] == 0:
         return Growth.OTHER
     return growth
+
+
+def reads_values(node: Node) -> bool:
+    """Whether the result depends on more than the shapes of the inputs."""
+    return GROWTH.get(op_name(node.target)) is not Growth.SHAPE
 
 
 def operands(node: Node) -> list[Node]:

@@ -10,13 +10,9 @@ from torch.fx import Node
 
 from ..ir.graph import Phase, Role, StepGraph, origin, phase, source
 from ..ir.marks import GRAD, MARK, UPDATE
-from .policy import op_name
+from .homogeneous import reads_values
 
 aten = torch.ops.aten
-# Operators that take the shape of their input, and no value.
-_SHAPE_ONLY = frozenset(
-    "zero zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full".split()
-)
 
 
 @dataclass
@@ -85,7 +81,7 @@ def _depends_on(node: Node, guarded: bool) -> list[Node]:
     """What the value is computed from: not what a copy overwrites, nor a guarded update's new value."""
     if node.target is aten.copy.default:
         return [source(node, 1)]
-    if op_name(node.target) in _SHAPE_ONLY:
+    if not reads_values(node):
         return []
     if guarded and node.target is MARK and node.args[1] == UPDATE:
         return [source(node, 3)]

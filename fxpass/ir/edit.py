@@ -26,7 +26,7 @@ class Editor:
         self.touched: set[Node] = set()
         self.removed = 0
         self.declined: list[str] = []
-        inputs = [n.meta["val"] for n in step.graph.nodes if n.op == "placeholder"]
+        inputs = [n.meta["val"] for n in step.inputs()]
         self._fake_mode = next((v.fake_mode for v in inputs if hasattr(v, "fake_mode")), None)
 
     def decline(self, reason: str) -> None:
@@ -46,7 +46,7 @@ class Editor:
         Consecutive insertions keep their order.
         """
         if node.op == "placeholder":
-            node = [n for n in self.step.graph.nodes if n.op == "placeholder"][-1]
+            node = list(self.step.inputs())[-1]
         following = node.next
         with self.step.graph.inserting_before(following):
             yield

@@ -76,8 +76,7 @@ def _lower(
 
 def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
     step.gm.recompile()
-    placeholders = [n for n in step.graph.nodes if n.op == "placeholder"]
-    static = [i for i, n in enumerate(placeholders) if step.roles[n] is not Role.INPUT]
+    static = [i for i, n in enumerate(step.inputs()) if step.roles[n] is not Role.INPUT]
     return _torch.compile_graph(step.gm, inputs, settings, static, scratch, dry=dry)
 
 
