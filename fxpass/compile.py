@@ -165,6 +165,7 @@ class _Compilation:
         step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
         step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
         step.backwards_before = [event.backwards for event in events]
+        step.backward_of = [grad.backward for grad in self.record.leaf_grads]
         check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
         look = current_look()
@@ -195,7 +196,7 @@ class _Compilation:
 
     def _describe(self, watch: Watch, step: StepGraph, names: Mapping[str, str]) -> None:
         """Name the columns of the watch table."""
-        for mark, _ in step.checked:
+        for mark in step.checked:
             leaf = self.record.leaf_grads[int(str(mark.args[2]))].leaf
             weight = self.record.real.get(leaf)
             watch.names.append(names.get(leaf, leaf))

@@ -78,6 +78,7 @@ class StepGraph:
     read_events: list[int] = field(default_factory=list)  # the optimizer event of READ mark i
     read_groups: list[int] = field(default_factory=list)  # the parameter group of READ mark i
     backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
+    backward_of: list[int] = field(default_factory=list)  # the backward() that GRAD mark i leaves
     # outputs that are gradients left in .grad for others, each with the .grad it adds to, if there was one
     handed_over: list[tuple[int, Node | None]] = field(default_factory=list)
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
@@ -92,11 +93,11 @@ class StepGraph:
     tiny: dict[Node, tuple[Node, Node, int]] = field(default_factory=dict)
     # set by grad_norm: the 0-d global norm before clipping, float32 (float64 with float64 gradients)
     grad_norm: Node | None = None
-    checked: list[tuple[Node, Node]] = field(
-        default_factory=list
-    )  # (GRAD mark, the value whose finiteness decides)
-    # set by check_finite, by READ mark that the user's code has edited: the value whose finiteness decides
-    edited: dict[Node, Node] = field(default_factory=dict)
+    checked: list[Node] = field(default_factory=list)  # set by check_finite: GRAD marks, in backward's order
+    # set by check_finite, by READ mark: the GRAD marks behind it
+    sources: dict[Node, set[Node]] = field(default_factory=dict)
+    # set by check_finite, by READ mark: the 0-d values whose finiteness decides about its update
+    deciding: dict[Node, list[Node]] = field(default_factory=dict)
     clipped: Node | None = None  # set by the clip passes: a 0-d bool, whether one of them acted
     written: dict[str, Node] = field(default_factory=dict)  # new value of a scaler input, by field name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch.fx import Node
 from ..analysis.updates import gradients_behind
 from ..ir.alias import is_view
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, origin, source, tensor
+from ..ir.graph import Phase, StepGraph, is_float, origin, phase, seed_losses, source, tensor
 from ..ir.marks import GRAD, MARK, READ
 from .base import GraphPass
 
@@ -32,7 +33,9 @@ class CheckFinite(GraphPass):
     normal numbers (underflow) are counted, in a sample of its rows if it is large.
 
     A gradient that the user's code changes on its way to the optimizer is
-    checked again as the optimizer reads it.
+    looked at as the optimizer reads it: an inf that an edit removes is none. But
+    where float16 and a scale above 1 may have made it, of a finite loss, eager
+    would have had nothing to remove: then the value as stored counts too.
 
     The verdict of an optimizer is over the gradients of all optimizers that
     stepped up to the same backward.
@@ -44,32 +47,46 @@ class CheckFinite(GraphPass):
         if not step.trains:
             edit.decline("no optimizer step")
             return
-        sources = {read: set(gradients_behind({read})) for read in step.marks(READ)}
-        finite: dict[Node, Node] = {}
+        step.sources = {read: set(gradients_behind({read})) for read in step.marks(READ)}
+        read_by_any = set[Node]().union(*step.sources.values())
         born = _born(step)
         for mark in step.marks(GRAD):
-            if any(mark in found for found in sources.values()) and tensor(mark).numel() != 0:
-                finite[mark] = self._reduce(step, edit, mark)
-        if not finite:
+            if mark in read_by_any and tensor(mark).numel() != 0:
+                self._reduce(step, edit, mark)
+        if not step.largest:
             edit.decline("no gradient reaches an optimizer")
             return
-        step.edited = {read: _largest(edit, read) for read in sources if _is_edited(read)}
-        event_of = dict(zip(sources, step.read_events, strict=True))
+        step.checked = sorted(step.largest, key=born.__getitem__)
+        self._decide(step, edit)
+
+    def _decide(self, step: StepGraph, edit: Editor) -> None:
+        """Combine what was reduced to one verdict per optimizer."""
+        stored: dict[Node, list[Node]] = {}
+        edited: dict[Node, list[Node]] = {}
+        suspects = _Suspects(step, edit)
+        for read, marks in step.sources.items():
+            ordered = [mark for mark in sorted(marks, key=_index) if mark in step.largest]
+            if _is_edited(read):
+                stored[read] = [value for mark in ordered if (value := suspects.of(mark)) is not None]
+                edited[read] = [_largest(edit, read)]
+            else:
+                stored[read] = [step.largest[mark] for mark in ordered]
+            step.deciding[read] = stored[read] + edited.get(read, [])
+        event_of = dict(zip(step.sources, step.read_events, strict=True))
         verdicts: dict[tuple[Node, ...], Node] = {}
         for event, backwards in enumerate(step.backwards_before):
-            reads = [read for read in sources if step.backwards_before[event_of[read]] <= backwards]
-            marks = {mark for read in reads for mark in sources[read]}
-            values = [value for mark, value in finite.items() if mark in marks]
+            reads = [read for read in step.sources if step.backwards_before[event_of[read]] <= backwards]
+            values = [value for read in reads for value in stored[read]]
             # an edit before a later optimizer's step may come after this one's
-            values += [value for read, value in step.edited.items() if event_of[read] <= event]
+            values += [value for read in reads if event_of[read] <= event for value in edited.get(read, [])]
+            values = list(dict.fromkeys(values))
             if tuple(values) not in verdicts:
                 with edit.after(edit.last(values)):
                     verdicts[tuple(values)] = _any_non_finite(edit, values)
             step.found_inf[event] = verdicts[tuple(values)]
-        step.checked = sorted(finite.items(), key=lambda item: born[item[0]])
 
-    def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> Node:
-        """Insert the reductions of one gradient; returns the value whose finiteness decides."""
+    def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> None:
+        """Insert the reductions of one gradient."""
 
         def call(target: Any, *args: Any) -> Node:
             return edit.call(target, *args, when=Phase.CHECK, reason="finite check, norm, underflow")
@@ -88,7 +105,48 @@ class CheckFinite(GraphPass):
             step.square_sums[mark] = total
             if dtype is torch.float16:
                 step.tiny[mark] = _count_tiny(edit, mark)
-        return step.largest[mark]
+
+
+class _Suspects:
+    """Magnitudes of the gradients that the loss scale may have made overflow, 0 for the others."""
+
+    def __init__(self, step: StepGraph, edit: Editor) -> None:
+        self.step, self.edit = step, edit
+        narrow = (is_float(n) and tensor(n).dtype is torch.float16 for n in _backward_nodes(step))
+        self.possible = "scale" in step.scaler and any(narrow)
+        self.seeds = {mark.args[2]: (mark, loss) for mark, loss in seed_losses(step).items()}
+        self.cleared: dict[int, Node] = {}
+
+    def of(self, mark: Node) -> Node | None:
+        """What is to be finite beside the edited gradient; None if the scale is above all suspicion."""
+        if not self.possible:
+            return None
+        backward = self.step.backward_of[_index(mark)]
+        cleared = self._is_cleared(backward)
+        with self.edit.after(self.edit.last((cleared, self.step.largest[mark]))):
+            return self._call(aten.where.ScalarSelf, cleared, 0.0, self.step.largest[mark])
+
+    def _is_cleared(self, backward: int) -> Node:
+        """Whether an overflow of this backward() is none of the scale's making: 0-d bool."""
+        if backward not in self.cleared:
+            mark, loss = self.seeds[backward]
+            with self.edit.before(mark):
+                finite = self._call(aten.isfinite.default, loss or source(mark))
+                wrong = self._call(aten.logical_not.default, self._call(aten.all.default, finite))
+                unscaled = self._call(aten.le.Scalar, self.step.scaler["scale"], 1.0)
+                self.cleared[backward] = self._call(aten.logical_or.default, wrong, unscaled)
+        return self.cleared[backward]
+
+    def _call(self, target: Any, *args: Any) -> Node:
+        return self.edit.call(target, *args, when=Phase.CHECK, reason="whose overflow an edit removes")
+
+
+def _index(mark: Node) -> int:
+    return int(str(mark.args[2]))
+
+
+def _backward_nodes(step: StepGraph) -> Iterator[Node]:
+    return (n for n in step.nodes() if phase(n) is Phase.BACKWARD)
 
 
 def _largest(edit: Editor, read: Node) -> Node:

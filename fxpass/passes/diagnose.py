@@ -42,7 +42,7 @@ class Diagnose(GraphPass):
 
     def _magnitudes(self, out: Writer) -> Node:
         """The largest magnitude of each checked gradient, unscaled: [gradients] float64."""
-        values = [out.cast(out.step.largest[mark], torch.float64) for mark, _ in out.step.checked]
+        values = [out.cast(out.step.largest[mark], torch.float64) for mark in out.step.checked]
         now = out.op(aten.stack.default, values)
         if "scale" not in out.step.scaler:
             return now
@@ -79,7 +79,7 @@ class Diagnose(GraphPass):
         step = out.step
         device = tensor(step.scaler[WATCH]).device
         nothing = out.op(aten.full.default, [], 0.0, dtype=torch.float32, device=device)
-        values = [step.tiny[mark][which] if mark in step.tiny else nothing for mark, _ in step.checked]
+        values = [step.tiny[mark][which] if mark in step.tiny else nothing for mark in step.checked]
         return out.cast(out.op(aten.stack.default, values), torch.float64)
 
     def _write_report(self, out: Writer, now: Node, bad: Node) -> None:

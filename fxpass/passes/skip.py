@@ -60,7 +60,7 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
 
 
 def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
-    last, checked = step.found_inf[max(step.found_inf)], {mark for mark, _ in step.checked}
+    last, checked = step.found_inf[max(step.found_inf)], set(step.checked)
     read = {write: marks_behind({source(write, 1)}, GRAD, guarded=True) for write in statistics}
     checks = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
     marks = {update.old: mark for mark, update in zip(step.marks(UPDATE), step.updates, strict=True)}
@@ -90,10 +90,12 @@ def _keep(edit: Editor, node: Node, index: int, found: Node, old: Node, reason: 
 
 
 def _checks(step: StepGraph, nodes: set[Node], *, guarded: bool = False) -> list[Node]:
-    """What tells whether the gradients behind ``nodes`` are finite, as stored and as edited."""
-    stored = dict(step.checked)
-    found = [stored[m] for m in marks_behind(nodes, GRAD, guarded=guarded) if m in stored]
-    return found + [step.edited[m] for m in marks_behind(nodes, READ, guarded=guarded) if m in step.edited]
+    """What decides about the gradients behind ``nodes``: as optimizers read them."""
+    reads = set(marks_behind(nodes, READ, guarded=guarded))
+    others = set(marks_behind(nodes, GRAD, guarded=guarded))
+    others.difference_update(*(step.sources[read] for read in reads))
+    behind = [r for r, marks in step.sources.items() if r in reads or not marks.isdisjoint(others)]
+    return list(dict.fromkeys(value for read in behind for value in step.deciding[read]))
 
 
 def _verdict(edit: Editor, values: list[Node]) -> Node:

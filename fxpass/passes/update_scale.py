@@ -109,9 +109,9 @@ def _move_headroom(out: Writer, found: Node, settings: HeadroomLossScale, limit:
     read = out.step.scaler
     log_scale = out.op(aten.log2.default, read["scale"])
     share = _share_of_range(out, limit)
-    seen = out.op(
-        aten.logical_and.default, out.op(aten.gt.Scalar, share, 0.0), out.op(aten.logical_not.default, found)
-    )
+    finite = out.op(aten.isfinite.default, share)  # not where the user's code removed an inf of its own
+    good = out.op(aten.logical_and.default, finite, out.op(aten.logical_not.default, found))
+    seen = out.op(aten.logical_and.default, out.op(aten.gt.Scalar, share, 0.0), good)
     height = out.op(aten.log2.default, out.select(seen, share, 1.0))
     mean, variance = _running_statistics(out, seen, out.op(aten.sub.Tensor, height, log_scale), settings)
     margin = _margin(out, found, settings)
@@ -121,7 +121,8 @@ def _move_headroom(out: Writer, found: Node, settings: HeadroomLossScale, limit:
     needed = out.op(aten.add.Tensor, out.op(aten.add.Tensor, mean, deviation), margin)
     lower, higher = out.op(aten.sub.Tensor, log_scale, 1.0), out.op(aten.add.Tensor, log_scale, 1.0)
     # gradients that are all zero have underflowed, perhaps: a doubling a step until they show
-    wanted = out.select(seen, out.op(aten.neg.default, needed), higher)
+    unseen = out.select(finite, higher, log_scale)
+    wanted = out.select(seen, out.op(aten.neg.default, needed), unseen)
     known = out.op(aten.gt.Scalar, read["headroom_count"], 0)
     less = out.op(aten.minimum.default, out.op(aten.neg.default, needed), lower)
     wanted = out.select(found, out.select(known, less, lower), wanted)
@@ -179,7 +180,7 @@ def _share_of_range(out: Writer, limit: float) -> Node:
 
     That is also the limit of gradients stored in float32: backward came to them through the compute dtype.
     """
-    values = [out.cast(out.step.largest[mark], torch.float32) for mark, _ in out.step.checked]
+    values = [out.cast(out.step.largest[mark], torch.float32) for mark in out.step.checked]
     largest = out.op(aten.amax.default, out.op(aten.stack.default, values), [])
     return out.op(aten.mul.Tensor, largest, 1.0 / limit)
 
