@@ -96,20 +96,21 @@ def compile_frame(
     checks.check_frame(gm, record, state.last_break)
     if not checks.computes(gm):
         return gm.forward
-    if record.events:
-        state.compilations.note(record)
+    state.compilations.refuse(record)
     undo: list[Callable[[], None]] = []
     try:
         for event in record.events:
             places = [(p.group, p.position) for p in event.params if p.has_grad]
             undo.append(optim_state.create_state(event.live(), places, event.where))
-        return _Compilation(options, state, gm, inputs, mode, record).run()
+        compiled = _Compilation(options, state, gm, inputs, mode, record).run()
     except BaseException as error:
         for back in undo:
             back()
         if isinstance(error, DryRunEnd) and not record.events:
             return gm.forward  # the training part is still to come
         raise
+    state.compilations.note(record)  # one that failed is none: the user may mend its cause and go on
+    return compiled
 
 
 class _Compilation:

@@ -152,7 +152,6 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         r"Own\.step was replaced on the class",
     ),
     "zero_grad": (replaced("zero_grad"), "zero_grad method of this Own was replaced"),
-    "fused": (settings(fused=True), "fused=True"),
     "tensor": (settings(betas=(torch.tensor(0.9), 0.99)), "tensor as betas"),
     "numpy, 32 bits": (settings(weight_decay=np.float32(0.1)), "float32 as weight_decay"),
     "numpy, 64 bits": (settings(weight_decay=np.float64(0.1)), "float64 as weight_decay"),

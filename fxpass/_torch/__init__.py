@@ -7,6 +7,7 @@ from .aot import python_values as python_values
 from .aot import trace as trace
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
+from .dynamo_common import is_users as is_users
 from .dynamo_hooks import global_module_hooks as global_module_hooks
 from .dynamo_optimizer import optimizer_step as optimizer_step
 from .fake import fake_tensors as fake_tensors

@@ -44,10 +44,15 @@ def fail(error: FxpassError) -> FxpassError:
 _LIBRARIES = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
+def is_users(filename: str) -> bool:
+    """Whether code of this file is neither torch's nor ours."""
+    return not filename.startswith(_LIBRARIES)
+
+
 def user_line(stack: traceback.StackSummary | None = None) -> str:
     """``file:line in function: code`` of the innermost frame of the user's code."""
     frames = list(TracingContext.extract_stack() if stack is None else stack)
-    theirs = [f for f in frames if not f.filename.startswith(_LIBRARIES)]
+    theirs = [f for f in frames if is_users(f.filename)]
     if not (theirs or frames):
         return "unknown"
     frame = (theirs or frames)[-1]

@@ -93,9 +93,6 @@ def _groups(optimizer: Optimizer) -> Refusal:
 
 def _group(optimizer: Optimizer, number: int, group: dict[str, Any]) -> Refusal:
     name = type(optimizer).__name__
-    if group.get("fused"):
-        hint = f"build {name} without fused=True; fxpass fuses the update with unscale, clip and skip itself"
-        return f"{name} was built with fused=True (param group {number})", hint
     if group.get("differentiable"):
         return f"{name} was built with differentiable=True", "build it with differentiable=False"
     for key, value in group.items():

@@ -122,16 +122,21 @@ class Compilations:
     done: list[tuple[CodeType, tuple[weakref.ref[torch.optim.Optimizer], ...]]] = field(default_factory=list)
 
     def note(self, record: Any) -> None:
-        """Count one more compilation.
+        """Count one more compilation."""
+        if record.events:
+            self.done.append((record.code, tuple(event.optimizer for event in record.events)))
+
+    def refuse(self, record: Any) -> None:
+        """Refuse one more compilation than torch's limit allows.
 
         Raises:
-            CaptureError: the code was compiled for these optimizers as often as torch's limit allows.
+            CaptureError: the code was compiled for these optimizers as often as that.
         """
         optimizers = tuple(event.optimizer for event in record.events)
         self.done = [d for d in self.done if all(o() is not None for o in d[1])]
         live = [o() for o in optimizers]
         same = [1 for code, known in self.done if code is record.code and _same([o() for o in known], live)]
-        if len(same) >= record.limit:
+        if record.events and len(same) >= record.limit:
             guard, where = _failed_guard(record.recompile_reason)
             hint = (
                 "make it a tensor or let it change outside of the step; if the step needs so many graphs, "
@@ -139,7 +144,6 @@ class Compilations:
             )
             found = f"the step was compiled {record.limit} times and has to be compiled again: not {guard}"
             raise CaptureError(found, where=where or record.events[0].where, hint=hint)
-        self.done.append((record.code, optimizers))
 
 
 def _failed_guard(reason: str) -> tuple[str, str]:

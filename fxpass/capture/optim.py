@@ -9,11 +9,9 @@ internals, and the user's optimizer object is never touched by tracing.
 
 from __future__ import annotations
 
-import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from .optim_state import (
     dampens,
     filled_momentum,
     first_rate,
+    line_of,
     parameter,
     prime_momentum,
     stand_in,
@@ -37,7 +36,6 @@ from .optim_state import (
 )
 from .scalars import ScalarTensors, Setting, as_number, tensor_functions
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # no code of the user's
 State = defaultdict[Any, dict[str, Any]]
 # Capturable formulas divide by the learning rate; where that is zero, only the ordinary ones, which
 # eager runs, are right. Of these the ordinary formula branches on a step count or writes by a mask,
@@ -81,7 +79,7 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
             "its step() must be plain tensor maths: no reads of values, and in place of a branch on one "
             "torch.where(torch.as_tensor(condition), a, b)"
         )
-        found = f"{name}.step() could not be traced: {error}{_line(error)}"
+        found = f"{name}.step() could not be traced: {error}{line_of(error)}"
         raise OptimizerError(found, where=where, hint=hint) from error
     if result is not None:
         hint = "let it return nothing, and compute in the step itself what it returned"
@@ -95,12 +93,6 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
     return Assumptions.of(optimizer, where, mode.comparisons)
 
 
-def _line(error: Exception) -> str:
-    """Where in the optimizer's own code the error arose."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
-    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-
-
 def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str, Any]]:
     groups = []
     for g, group in enumerate(optimizer.param_groups):
@@ -109,8 +101,11 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
             traced["lr"] = tensors.lr[g]
         if "foreach" in group:  # a foreach list keeps all of its gradients alive
             traced["foreach"] = False
-        if "capturable" in group and any(c.__module__.startswith("torch.optim.") for c in _bases(optimizer)):
-            traced["capturable"] = isinstance(optimizer, _BRANCHING)
+        if any(c.__module__.startswith("torch.optim.") for c in _bases(optimizer)):
+            if "fused" in group:  # one opaque kernel; the formula is fused with unscale, clip and skip
+                traced["fused"] = False
+            if "capturable" in group:
+                traced["capturable"] = isinstance(optimizer, _BRANCHING)
         groups.append(traced)
     for (g, key, position), tensor in tensors.dynamic:
         if position is None:

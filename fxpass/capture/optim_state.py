@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import _torch
 from ..errors import OptimizerError
 
 
@@ -233,14 +235,14 @@ class _FirstValues(dict[str, Any]):
 
 def _initial_state_of_user(optimizer: Optimizer, group: int, param: Tensor, where: str) -> dict[str, Any]:
     name = type(optimizer).__name__
-    runs = [_try_step(optimizer, group, param, fill, {}) for fill in (0.0, 1.0)]
+    runs = [_try_step(optimizer, group, param, fill, {}, where) for fill in (0.0, 1.0)]
     first = runs[0].state.first
     for key, value in first.items():
         if not _equal(value, runs[1].state.first.get(key)):
             hint = f"initialise state[{key!r}] (with zeros, say) before the first gradient enters it"
             found = f"{name} creates state[{key!r}] from the gradient itself"
             raise OptimizerError(found, where=where, hint=hint)
-    again = _try_step(optimizer, group, param, 1.0, copy.deepcopy(first))
+    again = _try_step(optimizer, group, param, 1.0, copy.deepcopy(first), where)
     for what, value in {**again.state, "the parameter": again.param}.items():
         if not _equal(value, {**runs[1].state, "the parameter": runs[1].param}.get(what)):
             hint = "let the first step make its state (zeros, say) and then do what every later step does"
@@ -263,7 +265,9 @@ class _Trial:
     state: _FirstValues
 
 
-def _try_step(optimizer: Optimizer, group: int, param: Tensor, fill: float, start: dict[str, Any]) -> _Trial:
+def _try_step(
+    optimizer: Optimizer, group: int, param: Tensor, fill: float, start: dict[str, Any], where: str
+) -> _Trial:
     """One step of a clone of one parameter, its gradient full of ``fill``, from the state ``start``."""
     proxy = param.detach().clone()
     proxy.grad = torch.full_like(proxy, fill)
@@ -272,11 +276,26 @@ def _try_step(optimizer: Optimizer, group: int, param: Tensor, fill: float, star
     if start:
         state[proxy].update(start)
     other = stand_in(optimizer, groups, state)
-    with torch.no_grad(), torch.random.fork_rng([param.device] if param.is_cuda else []):
-        undecorated(type(optimizer).step)(other)
+    try:
+        with torch.no_grad(), torch.random.fork_rng([param.device] if param.is_cuda else []):
+            undecorated(type(optimizer).step)(other)
+    except Exception as error:
+        name = type(optimizer).__name__
+        found = f"{name}.step() failed where it was tried on one parameter alone, to see its state: {error}"
+        hint = (
+            "let step() take each parameter for itself, or fill optimizer.state for all parameters "
+            "before the first call"
+        )
+        raise OptimizerError(f"{found}{line_of(error)}", where=where, hint=hint) from error
     made = state.get(proxy, _FirstValues())
     made.first = {key: value for key, value in made.first.items() if key in made}
     return _Trial(proxy, made)
+
+
+def line_of(error: Exception) -> str:
+    """Where in the optimizer's own code ``error`` arose."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _torch.is_users(f.filename)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 def copied(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from fxpass import CaptureError, MixedPrecision
+from fxpass import CaptureError, MixedPrecision, OptimizerError
 from tests.helpers import EAGER, Mlp, Training, batches, compare
 
 CALLS = batches(11)
@@ -248,3 +248,33 @@ def test_compare_counts_steps() -> None:
     build = _with(lambda net, x, y: mse_loss(net(x), y))
     with pytest.raises(AssertionError, match="a call ran uncompiled"):
         compare(build, steps=2, handle=mp)
+
+
+def test_a_compilation_that_fails_does_not_count() -> None:
+    """The user mends its cause and goes on, however often it failed."""
+
+    class Unready(torch.optim.SGD):
+        ready = False
+
+        def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            if not self.ready:
+                raise ValueError("not ready")
+            for param in self.param_groups[0]["params"]:
+                param.sub_(0.01 * param.grad)
+
+    net = Mlp()
+    opt = Unready(net.parameters())
+    mp = MixedPrecision(**EAGER)
+
+    @torch.compile(backend=mp)
+    def step(x: Tensor, y: Tensor) -> None:
+        opt.zero_grad()
+        mse_loss(net(x), y).backward()
+        opt.step()
+
+    for _ in range(9):  # one more than torch's limit
+        with pytest.raises(OptimizerError, match="not ready"):
+            step(*CALLS[0])
+    Unready.ready = True
+    step(*CALLS[0])
+    assert mp.stats().steps == 1
