@@ -11,11 +11,11 @@ ROOT = Path(__file__).parent.parent / "fxpass"
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "_torch": {"errors", "ir.alias", "ir.marks"},
+    "_torch": {"errors", "ir.alias", "ir.marks", "ir.slots"},
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},
-    "runtime": {"_torch", "errors"},
+    "runtime": {"_torch", "errors", "ir.slots"},
     "options": {"errors", "runtime"},
     "passes": {"_torch", "ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
     "lower": {"_torch", "analysis", "errors", "ir", "options"},

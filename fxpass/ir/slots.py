@@ -1,0 +1,80 @@
+"""What an optimizer holds, by one name from capture to runtime: parameters, their state, settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an optimizer keeps one value that its ``step()`` reads or replaces.
+
+    - a parameter: ``param_groups[group]["params"][position]``;
+    - its state: ``state[that parameter][key]``;
+    - a setting, or a number that a group counts: ``param_groups[group][key]``, without a position;
+    - an attribute: ``self.key``, without a group.
+
+    ``item`` is the element, where the value is a tuple (``betas``). Slots are
+    made while a step is captured; two are equal if they are the same place.
+    """
+
+    optimizer: int  # its number among the optimizers of the frame
+    group: int | None
+    position: int | None = None
+    key: str | None = None
+    item: int | None = None
+    name: str = field(default="", compare=False)  # of the parameter, qualified, as the user knows it
+
+    @property
+    def owner(self) -> Slot:
+        """The parameter whose state this is; a slot that is no state is its own."""
+        return self if self.position is None or self.key is None else replace(self, key=None)
+
+    def state(self, key: str) -> Slot:
+        """The slot of this parameter's state ``key``."""
+        return replace(self, key=key)
+
+    def read(self, optimizer: Optimizer) -> Any:
+        """The present value, looked up anew; None if there is none."""
+        holder: Any = vars(optimizer) if self.group is None else optimizer.param_groups[self.group]
+        if self.position is not None:
+            parameter = holder["params"][self.position]
+            return parameter if self.key is None else optimizer.state.get(parameter, {}).get(self.key)
+        value = holder.get(self.key)
+        return value[self.item] if self.item is not None and isinstance(value, (tuple, list)) else value
+
+    def write(self, optimizer: Optimizer, value: Any) -> None:
+        """Put ``value`` there: in the parameter's state, in the group, or in the attribute."""
+        assert self.key is not None, "a parameter is written in place"
+        if self.item is not None:
+            items = list(replace(self, item=None).read(optimizer))
+            items[self.item] = value
+            value = tuple(items)
+        if self.group is None:
+            setattr(optimizer, self.key, value)
+        elif self.position is None:
+            optimizer.param_groups[self.group][self.key] = value
+        else:
+            optimizer.state[self.owner.read(optimizer)][self.key] = value
+
+    @property
+    def path(self) -> str:
+        """The Python expression for it, for messages: ``param_groups[0]['betas'][1]``."""
+        item = "" if self.item is None else f"[{self.item}]"
+        if self.group is None:
+            return f"self.{self.key}{item}"
+        if self.position is None:
+            return f"param_groups[{self.group}][{self.key!r}]{item}"
+        return self.name if self.key is None else f"state[{self.name}][{self.key!r}]"
+
+    def __str__(self) -> str:
+        """What lists of inputs call it: ``layer.weight``, ``exp_avg[layer.weight]``, ``lr[0]``."""
+        item = "" if self.item is None else f"[{self.item}]"
+        if self.group is None:
+            return f"{self.key}{item}"
+        if self.position is None:
+            return f"{self.key}[{self.group}]{item}"
+        return self.name if self.key is None else f"{self.key}[{self.name}]"
