@@ -181,7 +181,7 @@ def test_refused_from_the_call_on(name: str) -> None:
 
 def test_the_check_at_every_call_looks_at_no_parameter() -> None:
     opt = AdamW([nn.Parameter(torch.zeros(1)) for _ in range(50)])
-    assumed = Assumptions.of(opt, "here", [])
+    assumed = Assumptions.of(opt, 0, "here", [])
     groups, opt.param_groups = opt.param_groups, None  # pyright: ignore[reportAttributeAccessIssue]
     assumed.check(opt)
     opt.param_groups = groups

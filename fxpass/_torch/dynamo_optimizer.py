@@ -17,6 +17,7 @@ from torch._dynamo.variables.constant import ConstantVariable
 
 from ..errors import OptimizerError
 from ..ir.marks import MARK, READ
+from ..ir.slots import Slot
 from .dynamo_common import (
     VariableTracker,
     call,
@@ -129,7 +130,7 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
     return ConstantVariable.create(None)
 
 
-def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | None], Any]]:
+def _hyperparameters(self: Any, tx: Any) -> list[tuple[Slot, Any]]:
     """Guard on every setting of the optimizer but ``lr``; those Dynamo made symbolic, as graph values.
 
     A float that changed once (a momentum cycled by OneCycleLR) is a symbolic
@@ -138,11 +139,12 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | Non
     after the graph has run: that value is used, be it a number.
     """
     groups = AttrSource(self.source, "param_groups")
-    found: list[tuple[tuple[int, str, int | None], Any]] = []
+    number = record_of_frame().number_of(self.value)
+    found: list[tuple[Slot, Any]] = []
     for g, group in enumerate(self.value.param_groups):
         source = GetItemSource(groups, g)
         written = _written_settings(tx, group, source)
-        found += [((g, key, None), value) for key, value in written.items()]
+        found += [(Slot(number, g, key=key), value) for key, value in written.items()]
         for key in self.value.defaults:
             # load_state_dict adds defaults of torch's that the groups of a user's own optimizer lack
             if key in written or key in ("params", "lr") or key not in group:
@@ -152,15 +154,15 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[tuple[int, str, int | Non
                 continue
             at = DictGetItemSource(source, key)
             items = enumerate(value) if isinstance(value, (tuple, list)) else [(None, value)]
-            for position, item in items:
-                if type(item) not in _PLAIN:
+            for item, plain in items:
+                if type(plain) not in _PLAIN:
                     continue
-                item_source = at if position is None else GetItemSource(at, position)
-                variable = VariableTracker.build(tx, item, item_source).realize()
+                item_source = at if item is None else GetItemSource(at, item)
+                variable = VariableTracker.build(tx, plain, item_source).realize()
                 if not variable.is_python_constant():
                     # a guard, for the optimizer's Python branches on it: "if weight_decay != 0"
                     bool(variable.as_proxy().node.meta["example_value"] != 0)
-                    found.append(((g, key, position), variable.as_proxy()))
+                    found.append((Slot(number, g, key=key, item=item), variable.as_proxy()))
     return found
 
 

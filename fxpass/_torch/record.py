@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import FxpassError
+from ..ir.slots import Slot
 
 
 @dataclass
@@ -37,7 +38,7 @@ class StepEvent:
     index: int
     optimizer: weakref.ref[torch.optim.Optimizer]
     params: list[StepParam]
-    dynamic: list[tuple[int, str, int | None]]  # (group, key, position in a tuple) passed as tensors
+    dynamic: list[Slot]  # settings passed as tensors, or set by the step
     where: str
     backwards: int  # backward() calls traced before it
 
@@ -59,6 +60,7 @@ class FrameRecord:
     backwards: list[str] = field(default_factory=list)  # user line of each backward()
     leaf_grads: list[LeafGrad] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)  # parameter node of each gradient an optimizer reads
+    optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)  # by their number
     events: list[StepEvent] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)
     cleared: set[str] = field(default_factory=set)  # parameter nodes whose .grad ends as None
@@ -78,6 +80,13 @@ class FrameRecord:
     break_where: str = ""
     break_after: bool = False  # the break came after optimizer.step()
     error: FxpassError | None = None
+
+    def number_of(self, optimizer: torch.optim.Optimizer) -> int:
+        """What tells the optimizer from the others of the frame, in slots."""
+        known = [number for number, ref in enumerate(self.optimizers) if ref() is optimizer]
+        if not known:
+            self.optimizers.append(weakref.ref(optimizer))
+        return known[0] if known else len(self.optimizers) - 1
 
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""

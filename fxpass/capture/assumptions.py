@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from .. import _torch
 from ..errors import OptimizerError
+from ..ir.slots import Slot
 from .optim_state import is_torchs
-from .scalars import Comparison, Setting
+from .scalars import Comparison
 
 Refusal = tuple[str, str] | None  # what was found, and a hint
 _PLAIN = (bool, int, float, str, type(None))  # settings that Dynamo guards on by value
@@ -32,9 +33,11 @@ class Assumptions:
     comparisons: tuple[Comparison, ...]
 
     @classmethod
-    def of(cls, optimizer: Optimizer, where: str, comparisons: Sequence[Comparison]) -> Assumptions:
-        """``comparisons``: how settings compared while the step was traced."""
-        return cls(where, type(optimizer).step, (*comparisons, *_constants(optimizer)))
+    def of(
+        cls, optimizer: Optimizer, number: int, where: str, comparisons: Sequence[Comparison]
+    ) -> Assumptions:
+        """Of optimizer ``number``; ``comparisons``: how settings compared while the step was traced."""
+        return cls(where, type(optimizer).step, (*comparisons, *_constants(optimizer, number)))
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise :class:`OptimizerError` if one of them no longer holds; runs at every call."""
@@ -45,12 +48,10 @@ class Assumptions:
             found = f"{name}.step was replaced on the class after the step was compiled"
             _refuse((found, "replace it before the first call, or call torch.compiler.reset()"), self.where)
         for comparison in self.comparisons:
-            if not comparison.holds(setting(optimizer, comparison.setting)):
-                group, key, _ = comparison.setting
+            if not comparison.holds(comparison.setting.read(optimizer)):
                 hint = "call torch.compiler.reset() (or make a new optimizer) after such a change"
-                place = f"self.{key}" if group is None else f"param_groups[{group}][{key!r}]"
-                name = type(optimizer).__name__
-                found = f"{place} of {name} changed in a way the compiled step cannot follow"
+                place = f"{comparison.setting.path} of {type(optimizer).__name__}"
+                found = f"{place} changed in a way the compiled step cannot follow"
                 _refuse((found, hint), self.where)
 
 
@@ -60,26 +61,20 @@ def check(optimizer: Optimizer, where: str) -> None:
         _refuse(rule(optimizer), where)
 
 
-def setting(optimizer: Optimizer, at: Setting) -> Any:
-    """The present value of a setting or attribute."""
-    group, key, position = at
-    value = vars(optimizer).get(key) if group is None else optimizer.param_groups[group].get(key)
-    return value[position] if position is not None and isinstance(value, (tuple, list)) else value
-
-
 def _refuse(refusal: Refusal, where: str) -> None:
     if refusal is not None:
         raise OptimizerError(refusal[0], where=where, hint=refusal[1])
 
 
-def _constants(optimizer: Optimizer) -> list[Comparison]:
+def _constants(optimizer: Optimizer, number: int) -> list[Comparison]:
     """Numbers that a user-written step may read and that Dynamo has no guard on."""
     if is_torchs(optimizer):
         return []
-    places: list[Setting] = [(None, name, None) for name in vars(optimizer) if not name.startswith("_")]
+    slots = [Slot(number, None, key=name) for name in vars(optimizer) if not name.startswith("_")]
     for g, group in enumerate(optimizer.param_groups):
-        places += [(g, key, None) for key in group if key not in (*optimizer.defaults, "params", "lr")]
-    values = [(at, setting(optimizer, at)) for at in places]
+        known = (*optimizer.defaults, "params", "lr")
+        slots += [Slot(number, g, key=key) for key in group if key not in known]
+    values = [(slot, slot.read(optimizer)) for slot in slots]
     return [Comparison(s, "eq", v, True) for s, v in values if isinstance(v, (bool, int, float, str))]
 
 

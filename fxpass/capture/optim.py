@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from .. import _torch
 from ..errors import OptimizerError
 from ..ir.marks import OLD, UPDATE, mark
-from .assumptions import Assumptions, setting
+from ..ir.slots import Slot
+from .assumptions import Assumptions
 from .optim_state import (
     StateKey,
     copied,
@@ -34,7 +35,7 @@ from .optim_state import (
     stand_in,
     undecorated,
 )
-from .scalars import ScalarTensors, Setting, as_number, tensor_functions
+from .scalars import ScalarTensors, as_number, tensor_functions
 
 State = defaultdict[Any, dict[str, Any]]
 # Capturable formulas divide by the learning rate; where that is zero, only the ordinary ones, which
@@ -51,11 +52,12 @@ class StepTensors:
     params: list[Tensor]
     grads: list[Tensor]
     state: dict[StateKey, Tensor]
-    lr: list[Tensor]  # one 0-d float64 per param group
-    dynamic: list[tuple[tuple[int, str, int | None], Any]]  # settings that are tensors, or set by the step
+    settings: dict[Slot, Any]  # learning rates, settings that are tensors or that the step has set
 
 
-def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, where: str) -> Assumptions:
+def run_step(
+    optimizer: Optimizer, number: int, tensors: StepTensors, first_update: int, where: str
+) -> Assumptions:
     """Update ``tensors`` in place as ``optimizer.step()`` would; mark every new value with UPDATE.
 
     The marks are numbered from ``first_update``: parameters first, then state,
@@ -66,10 +68,14 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
         written = [*tensors.params, *tensors.state.values()]
         olds = [mark(old, OLD, number) for number, old in enumerate(written, first_update)]
     groups = _traced_groups(optimizer, tensors)
+    state: State = defaultdict(dict)
+    traced = stand_in(optimizer, groups, state)
+    for slot, value in tensors.settings.items():
+        slot.write(traced, value)
     with torch.no_grad():
-        state = _traced_state(optimizer, tensors, groups)
-    traced, before = stand_in(optimizer, groups, state), copied(groups)
-    mode = ScalarTensors(_settings(optimizer, tensors))
+        state.update(_traced_state(optimizer, tensors, groups))
+    before = copied(groups)
+    mode = ScalarTensors(_known_settings(optimizer, tensors))
     try:
         with torch.no_grad(), _torch.compiling_flag(), _torch.python_values(mode.truth):
             with tensor_functions(type(optimizer)), mode:
@@ -90,15 +96,13 @@ def run_step(optimizer: Optimizer, tensors: StepTensors, first_update: int, wher
         raise OptimizerError(found, where=where, hint=hint)
     with torch.no_grad():
         _write_back(optimizer, tensors, state, groups, olds, first_update)
-    return Assumptions.of(optimizer, where, mode.comparisons)
+    return Assumptions.of(optimizer, number, where, mode.comparisons)
 
 
 def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str, Any]]:
     groups = []
-    for g, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         traced = {**copied(group), "params": []}
-        if group.get("lr") is not None:  # None: the optimizer finds its own
-            traced["lr"] = tensors.lr[g]
         if "foreach" in group:  # a foreach list keeps all of its gradients alive
             traced["foreach"] = False
         if any(c.__module__.startswith("torch.optim.") for c in _bases(optimizer)):
@@ -107,13 +111,6 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
             if "capturable" in group:
                 traced["capturable"] = isinstance(optimizer, _BRANCHING)
         groups.append(traced)
-    for (g, key, position), tensor in tensors.dynamic:
-        if position is None:
-            groups[g][key] = tensor
-        else:
-            items = list(groups[g][key])
-            items[position] = tensor
-            groups[g][key] = tuple(items)
     for (g, _), param, grad in zip(tensors.places, tensors.params, tensors.grads, strict=True):
         param.grad = grad
         groups[g]["params"].append(param)
@@ -141,11 +138,10 @@ def _traced_state(optimizer: Optimizer, tensors: StepTensors, groups: list[dict[
     return state
 
 
-def _settings(optimizer: Optimizer, tensors: StepTensors) -> list[tuple[Setting, Tensor, float]]:
-    lrs = [((g, "lr", None), tensor) for g, tensor in enumerate(tensors.lr)]
-    dynamic = [(at, value) for at, value in tensors.dynamic if isinstance(value, Tensor)]
-    known = [(at, tensor, setting(optimizer, at)) for at, tensor in (*dynamic, *lrs)]
-    return [(at, tensor, value) for at, tensor, value in known if isinstance(value, (int, float))]
+def _known_settings(optimizer: Optimizer, tensors: StepTensors) -> list[tuple[Slot, Tensor, float]]:
+    """The settings that are tensors in the trace and numbers in the user's optimizer, with these numbers."""
+    known = [(at, tensor, at.read(optimizer)) for at, tensor in tensors.settings.items()]
+    return [(at, t, n) for at, t, n in known if isinstance(t, Tensor) and isinstance(n, (int, float))]
 
 
 def _new_state(optimizer: Optimizer, tensors: StepTensors, state: State) -> str:

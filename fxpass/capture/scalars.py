@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import _torch
+from ..ir.slots import Slot
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq,
@@ -36,7 +37,6 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "ge": operator.ge,
 }
 
-Setting = tuple[int | None, str, int | None]  # param group, or None: an attribute; key; position in a tuple
 _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 
 
@@ -44,7 +44,7 @@ _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 class Comparison:
     """``setting <op> number`` was ``outcome`` when the step was captured."""
 
-    setting: Setting
+    setting: Slot
     op: str
     number: Any
     outcome: bool
@@ -57,7 +57,7 @@ class Comparison:
 class ScalarTensors(TorchFunctionMode):
     """Interprets 0-d tensors as numbers; ``settings`` are tensors of settings with their present values."""
 
-    def __init__(self, settings: Sequence[tuple[Setting, Tensor, float]] = ()) -> None:
+    def __init__(self, settings: Sequence[tuple[Slot, Tensor, float]] = ()) -> None:
         super().__init__()
         self.settings = list(settings)
         self.comparisons: list[Comparison] = []
@@ -99,7 +99,7 @@ class ScalarTensors(TorchFunctionMode):
                 return self._decide(setting, value, "ne", 0)
         raise TypeError("it branches on the value of a tensor")
 
-    def _decide(self, setting: Setting, value: float, op: str, number: float) -> bool:
+    def _decide(self, setting: Slot, value: float, op: str, number: float) -> bool:
         outcome = _COMPARE[op](value, number)
         self.comparisons.append(Comparison(setting, op, number, outcome))
         return outcome

@@ -19,6 +19,7 @@ from torch.fx.traceback import annotate
 from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Role, StepGraph, Update
+from ..ir.slots import Slot
 from . import optim, optim_state, phases
 from .assumptions import Assumptions
 from .casts import spell_out_casts
@@ -38,7 +39,7 @@ class Event:
     state: list[optim_state.StateKey]
     groups: int
     where: str
-    dynamic: list[tuple[int, str, int | None]]
+    dynamic: list[Slot]
     assumed: Assumptions | None = None  # known when the update is traced
 
 
@@ -122,6 +123,7 @@ def _expand_optimizer(
     index, params, grads, dynamic = arguments
     found = record.events[index]
     optimizer = found.live()
+    number = record.number_of(optimizer)
     places = [(p.group, p.position) for p in found.params if p.has_grad]
     keys = optim_state.state_keys(optimizer, places)
     fetched = [k for k in keys if (id(optimizer), k) not in inputs.states]  # not by an earlier step()
@@ -141,12 +143,14 @@ def _expand_optimizer(
     captured.events.append(event)
 
     def expand(params: Any, grads: Any, state: Any, lr: Any, dynamic: Any) -> None:
-        pairs = list(zip(event.dynamic, dynamic, strict=True))
+        rates = zip((Slot(number, g, key="lr") for g in range(len(lr))), lr, strict=True)
+        settings = {slot: rate for slot, rate in rates if slot.read(optimizer) is not None}
+        settings |= zip(event.dynamic, dynamic, strict=True)
         tensors = optim.StepTensors(
-            places, list(params), list(grads), dict(zip(keys, state, strict=True)), list(lr), pairs
+            places, list(params), list(grads), dict(zip(keys, state, strict=True)), settings
         )
         with annotate({"fxpass": "update"}):
-            event.assumed = optim.run_step(optimizer, tensors, first, event.where)
+            event.assumed = optim.run_step(optimizer, number, tensors, first, event.where)
 
     node.target = expand
     node.meta[UPDATES] = [*params, *state]

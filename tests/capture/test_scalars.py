@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxpass.capture.scalars import Comparison, ScalarTensors, tensor_functions
+from fxpass.ir.slots import Slot
 from tests.helpers import same
 
 HALF = torch.tensor(0.5, dtype=torch.float64)
@@ -77,7 +78,7 @@ def test_item_stays_a_tensor() -> None:
 
 
 def test_comparisons_of_settings_are_decided_and_remembered() -> None:
-    at = (0, "momentum", None)
+    at = Slot(0, 0, key="momentum")
     mode = ScalarTensors([(at, HALF, 0.5)])
     with mode:
         assert HALF != 0
