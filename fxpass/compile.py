@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .analysis.modules import check_patterns
 from .capture import assumptions, checks, optim_state
-from .capture.step import Event, capture, to_step
+from .capture.events import Event, events_of
+from .capture.step import capture, to_step
 from .errors import CaptureError
 from .ir.graph import StepGraph
+from .ir.slots import Slot
 from .ir.text import to_text
 from .look import DryRunEnd, Look, current_look, looking
 from .lower.compile import lower, profile_only
@@ -33,8 +34,8 @@ from .passes.pipeline import run_pipeline
 from .record import GraphRecord
 from .runtime.report import Reporter
 from .runtime.state import ScalerState
-from .runtime.step import CompiledStep, OptimizerBinding
-from .runtime.watch import REPORT, WATCH, Watch
+from .runtime.step import CompiledStep, Extras, OptimizerBinding
+from .runtime.watch import Column, Watch
 
 
 @dataclass
@@ -99,10 +100,10 @@ def compile_frame(
     state.compilations.refuse(record)
     undo: list[Callable[[], None]] = []
     try:
-        for event in record.events:
-            places = [(p.group, p.position) for p in event.params if p.has_grad]
-            undo.append(optim_state.create_state(event.live(), places, event.where))
-        compiled = _Compilation(options, state, gm, inputs, mode, record).run()
+        compilation = _Compilation(options, state, gm, inputs, mode, record)
+        for event in compilation.events:
+            undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
+        compiled = compilation.run()
     except BaseException as error:
         for back in undo:
             back()
@@ -127,32 +128,29 @@ class _Compilation:
     ) -> None:
         self.options, self.state, self.gm, self.inputs = options, state, gm, list(inputs)
         self.mode, self.record = mode, record
+        self.names = checks.input_names(gm, record)
+        self.events = events_of(record, self.names)
         self.clock = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def run(self) -> CompiledStep:
-        scaler, events = self.state.scaler, self.record.events
-        fields = [*scaler.fields, WATCH, REPORT] if events else []
-        self.captured = capture(self.gm, self.record, fields, keep_grads=self.options.grads == "keep")
-        self.bindings = [_binding(event) for event in self.captured.events]
-        device = checks.device_of([e.live() for e in events], self.inputs)
-        scaler.to(device)
+        scaler, events = self.state.scaler, self.events
+        device = checks.device_of([e.optimizer() for e in events], self.inputs)
         self.watch = Watch.make(len(self.record.leaf_grads), device) if events else None
-        extras = [scaler.tensors[name] for name in scaler.fields] if events else []
-        extras += [self.watch.table, self.watch.report] if self.watch is not None else []
-        extras += [t for b in self.bindings for t in b.inputs(device)]
+        extras = Extras(scaler, self.watch, device)
+        keep_grads = self.options.grads == "keep"
+        self.captured = capture(self.gm, self.record, events, extras.fields, keep_grads=keep_grads)
+        extras.bindings = [_binding(event) for event in events]
         not_inference = checks.still_requires_grad(self.record, self.state.last_break)
-        call = _torch.trace(self.captured.gm, self.inputs, extras, self._inner, not_inference)
+        call = _torch.trace(self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference)
         return CompiledStep(
             call,
-            scaler,
-            self.bindings,
-            device,
+            extras,
+            {event.number: event.optimizer for event in events},
             self.captured.outputs,
             self.captured.kept,
             self._cleared(),
             self.options.grads == "drop",
-            self.watch,
             self.state.reporter,
             checks.module_hooks_stay(self.record),
         )
@@ -160,13 +158,7 @@ class _Compilation:
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
         self._lap("capture")
-        by_node = checks.input_names(self.gm, self.record)
-        step = to_step(self.captured, gm, by_node)
-        events = self.record.events
-        step.read_events = [e for e, event in enumerate(events) for p in event.params if p.has_grad]
-        step.read_groups = [p.group for event in events for p in event.params if p.has_grad]
-        step.backwards_before = [event.backwards for event in events]
-        step.backward_of = [grad.backward for grad in self.record.leaf_grads]
+        step = to_step(self.captured, gm, self.names)
         check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
         look = current_look()
@@ -177,9 +169,9 @@ class _Compilation:
         )
         self._lap("passes")
         if self.watch is not None and look is None:
-            self._describe(self.watch, step, by_node)
-        unreached = checks.unreached(self.record, by_node)
-        escaping = checks.escaping(self.record, by_node, self.options.grads == "keep")
+            self._describe(self.watch, step)
+        unreached = checks.unreached(self.events)
+        escaping = checks.escaping(self.record, self.names, self.captured.kept)
         after = to_text(step)
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
@@ -195,23 +187,23 @@ class _Compilation:
         self.state.graphs.append(record)
         return lowered.call
 
-    def _describe(self, watch: Watch, step: StepGraph, names: Mapping[str, str]) -> None:
-        """Name the columns of the watch table."""
+    def _describe(self, watch: Watch, step: StepGraph) -> None:
+        """Say what the columns of the watch table are."""
+        weights = {
+            step.slots[slot]: weakref.ref(slot.read(event.optimizer()))
+            for event in self.events
+            for slot in event.params
+        }
         for mark in step.checked:
-            leaf = self.record.leaf_grads[int(str(mark.args[2]))].leaf
-            weight = self.record.real.get(leaf)
-            watch.names.append(names.get(leaf, leaf))
-            watch.sizes.append(step.tiny[mark][2] if mark in step.tiny else 0)
-            watch.weights.append(weakref.ref(weight) if isinstance(weight, Tensor) else lambda: None)
+            leaf = step.gradients[mark].leaf
+            sampled = step.tiny[mark][2] if mark in step.tiny else 0
+            watch.columns.append(Column(step.names[leaf], sampled, weights.get(leaf, lambda: None)))
         self.state.watches.append(watch)
 
-    def _cleared(self) -> list[tuple[int, int, int]]:
-        return [
-            (event.index, p.group, p.position)
-            for event in self.record.events
-            for p in event.params
-            if p.node in self.record.cleared
-        ]
+    def _cleared(self) -> list[Slot]:
+        """Parameters whose ``.grad`` is None after the step."""
+        params = (item for event in self.events for item in event.all_params.items())
+        return [slot for slot, node in params if node in self.record.cleared]
 
     def _lap(self, stage: str) -> None:
         now = time.perf_counter()
@@ -221,11 +213,10 @@ class _Compilation:
 
 def _binding(event: Event) -> OptimizerBinding:
     def fit(optimizer: torch.optim.Optimizer) -> None:
-        optim_state.fit_state(optimizer, event.places, event.state, event.where)
+        optim_state.fit_state(optimizer, event.params, event.state, event.where)
 
     def holds(optimizer: torch.optim.Optimizer) -> None:
         if event.assumed is not None:
             event.assumed.check(optimizer)
 
-    keys = [(k.group, k.position, k.key) for k in event.state]
-    return OptimizerBinding(event.optimizer, keys, fit, holds)
+    return OptimizerBinding(event.optimizer, list(event.state), event.settings, fit, holds)

@@ -28,3 +28,5 @@ from .optimizer import has_own_step as has_own_step
 from .optimizer import has_step_hooks as has_step_hooks
 from .optimizer import note_step as note_step
 from .record import FrameRecord as FrameRecord
+from .record import LeafGrad as LeafGrad
+from .record import StepEvent as StepEvent

@@ -54,8 +54,9 @@ def optimizer_call_method(self: Any, tx: Any, name: str, args: list[Any], kwargs
     return user_defined.UserDefinedObjectVariable.call_method(self, tx, name, args, kwargs)
 
 
-def _params(self: Any, tx: Any) -> Iterator[tuple[int, int, torch.Tensor, Any]]:
-    """(group, position, parameter, its variable); guards on the structure of ``param_groups``."""
+def _params(self: Any, tx: Any) -> Iterator[tuple[Slot, torch.Tensor, Any]]:
+    """Slot, parameter and its variable; guards on the structure of ``param_groups``."""
+    number = record_of_frame().number_of(self.value)
     groups = AttrSource(self.source, "param_groups")
     install_guard(groups.make_guard(GuardBuilder.SEQUENCE_LENGTH))
     for g, group in enumerate(self.value.param_groups):
@@ -65,7 +66,7 @@ def _params(self: Any, tx: Any) -> Iterator[tuple[int, int, torch.Tensor, Any]]:
             # realized: side effects are kept by variable, and a lazy one is another object
             variable = VariableTracker.build(tx, param, GetItemSource(params, p)).realize()
             record_of_frame().real[input_proxy(variable).node.name] = param
-            yield g, p, param, variable
+            yield Slot(number, g, p), param, variable
 
 
 def _may_have_grad(tx: Any, param: torch.Tensor, variable: Any) -> bool:
@@ -80,7 +81,7 @@ def _optimizer_zero_grad(self: Any, tx: Any, set_to_none: Any = None) -> Any:
         hint = "write p.grad = None for each parameter, and what else it does, in the step itself"
         raise fail(OptimizerError(found, where=user_line(), hint=hint))
     to_none = set_to_none is None or set_to_none.as_python_constant()
-    for _, _, param, variable in _params(self, tx):
+    for _, param, variable in _params(self, tx):
         if to_none:
             if _may_have_grad(tx, param, variable):
                 store_grad(tx, variable, ConstantVariable(None))
@@ -104,20 +105,21 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
         hint = "use a first-order optimizer with dense gradients, such as torch.optim.AdamW"
         raise fail(OptimizerError(f"{name} cannot be traced into the step", where=user_line(), hint=hint))
     index, params, nodes, grads = len(record.events), [], [], []
-    for g, p, param, variable in _params(self, tx):
+    for slot, param, variable in _params(self, tx):
         grad = variable.var_getattr(tx, "grad") if _may_have_grad(tx, param, variable) else None
         has_grad = grad is not None and not is_none(grad)
         node = input_proxy(variable).node.name
-        params.append(StepParam(g, p, has_grad, node))
+        params.append(StepParam(slot, node, record.reads if has_grad else None))
         if has_grad:
             nodes.append(input_proxy(variable))
             with no_grad(tx):
-                grads.append(call(tx, MARK, grad, READ, len(record.reads)).as_proxy())
-            record.reads.append(node)
+                grads.append(call(tx, MARK, grad, READ, record.reads).as_proxy())
+            record.reads += 1
     dynamic = _hyperparameters(self, tx)
     record.events.append(
         StepEvent(
             index,
+            record.number_of(self.value),
             weakref.ref(self.value),
             params,
             [d for d, _ in dynamic],

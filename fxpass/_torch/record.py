@@ -25,10 +25,9 @@ class LeafGrad:
 class StepParam:
     """One parameter of an optimizer at the moment ``step()`` was traced."""
 
-    group: int
-    position: int
-    has_grad: bool
-    node: str | None  # its placeholder in Dynamo's graph; None: not part of the graph
+    slot: Slot  # without a name: it is known when the whole frame has been traced
+    node: str  # its placeholder in Dynamo's graph
+    read: int | None  # the READ mark of its gradient; None: it has none
 
 
 @dataclass
@@ -36,6 +35,7 @@ class StepEvent:
     """One ``optimizer.step()`` call of the frame."""
 
     index: int
+    number: int  # of the optimizer, as in its slots
     optimizer: weakref.ref[torch.optim.Optimizer]
     params: list[StepParam]
     dynamic: list[Slot]  # settings passed as tensors, or set by the step
@@ -59,7 +59,7 @@ class FrameRecord:
     recompile_reason: str = ""  # the guard that failed, if the frame was compiled before
     backwards: list[str] = field(default_factory=list)  # user line of each backward()
     leaf_grads: list[LeafGrad] = field(default_factory=list)
-    reads: list[str] = field(default_factory=list)  # parameter node of each gradient an optimizer reads
+    reads: int = 0  # READ marks: gradients that an optimizer reads
     optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)  # by their number
     events: list[StepEvent] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)  # (parameter node, gradient node)

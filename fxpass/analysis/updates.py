@@ -30,7 +30,7 @@ def update_groups(step: StepGraph) -> list[UpdateGroup]:
     that only counts: they follow one verdict, and one may read what the other replaces.
     """
     owner: dict[Node, int] = {}  # of computation, and of parameters: the group that has it
-    parameter = {update.old: update.owner for update in step.updates}
+    parameter = {node: step.slots[slot.owner] for slot, node in step.slots.items()}
     groups: dict[int, UpdateGroup] = {}
     for number, write in enumerate(n for n in step.graph.nodes if n.target is aten.copy_.default):
         old = source(write)

@@ -15,6 +15,8 @@ from torch.fx import GraphModule, Node
 
 from .. import _torch
 from ..errors import CaptureError
+from ..ir.slots import Slot
+from .events import Event
 
 _MOVE = "move what breaks the graph (a print, .item(), a branch on data) after optimizer.step()"
 
@@ -43,7 +45,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
             hint=_break_hint(reason, hint),
         )
     for event in record.events:
-        with_grad = [p for p in event.params if p.has_grad]
+        with_grad = [p for p in event.params if p.read is not None]
         if not record.leaf_grads or not with_grad:
             hint = (
                 "compile the whole step: forward, loss.backward() and optimizer.step() in one function; "
@@ -234,25 +236,19 @@ def input_names(gm: GraphModule, record: _torch.FrameRecord) -> dict[str, str]:
     return names
 
 
-def unreached(record: _torch.FrameRecord, names: Mapping[str, str]) -> dict[str, str]:
+def unreached(events: Sequence[Event]) -> dict[str, str]:
     """Trainable parameters of the optimizers that are not updated, and why."""
     found = {}
-    for event in record.events:
-        optimizer = event.live()
-        for p in event.params:
-            if p.has_grad:
-                continue
-            frozen = not optimizer.param_groups[p.group]["params"][p.position].requires_grad
-            name = names.get(str(p.node), f"parameter {p.position} of param group {p.group}")
-            found[name] = "requires_grad is False" if frozen else "the loss does not depend on it"
+    for event in events:
+        for slot in event.without:
+            frozen = not slot.read(event.optimizer()).requires_grad
+            found[slot.name] = "requires_grad is False" if frozen else "the loss does not depend on it"
     return found
 
 
-def escaping(record: _torch.FrameRecord, names: Mapping[str, str], keep: bool) -> dict[str, str]:
-    """Leaves whose gradient outlives the step, and why."""
-    found = {}
-    if keep:
-        reason = "left in .grad: grads='keep', and no zero_grad() after its update"
-        found |= {names.get(param, param): reason for param, _ in record.kept}
+def escaping(record: _torch.FrameRecord, names: Mapping[str, str], kept: Sequence[Slot]) -> dict[str, str]:
+    """Leaves whose gradient outlives the step, and why; ``kept``: those of them that an optimizer has."""
+    reason = "left in .grad: grads='keep', and no zero_grad() after its update"
+    found = {slot.name: reason for slot in kept}
     reason = "left in .grad: no optimizer of the step updates it"
     return found | {names.get(leaf, leaf): reason for leaf in record.escaping}

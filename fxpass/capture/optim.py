@@ -10,7 +10,7 @@ internals, and the user's optimizer object is never touched by tracing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +24,18 @@ from ..ir.marks import OLD, UPDATE, mark
 from ..ir.slots import Slot
 from .assumptions import Assumptions
 from .optim_state import (
-    StateKey,
     copied,
     dampens,
     filled_momentum,
     first_rate,
     line_of,
-    parameter,
     prime_momentum,
     stand_in,
     undecorated,
 )
 from .scalars import ScalarTensors, as_number, tensor_functions
 
-State = defaultdict[Any, dict[str, Any]]
+State = defaultdict[Any, dict[Any, Any]]
 # Capturable formulas divide by the learning rate; where that is zero, only the ordinary ones, which
 # eager runs, are right. Of these the ordinary formula branches on a step count or writes by a mask,
 # and the capturable one agrees with it everywhere.
@@ -48,25 +46,23 @@ _BRANCHING = (torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop)
 class StepTensors:
     """The traced tensors that stand for one optimizer's during a trace."""
 
-    places: list[tuple[int, int]]  # of the parameters that have a gradient
-    params: list[Tensor]
-    grads: list[Tensor]
-    state: dict[StateKey, Tensor]
+    params: dict[Slot, Tensor]  # those that have a gradient
+    grads: dict[Slot, Tensor]  # by the slot of the parameter
+    state: dict[Slot, Tensor]
     settings: dict[Slot, Any]  # learning rates, settings that are tensors or that the step has set
 
 
 def run_step(
-    optimizer: Optimizer, number: int, tensors: StepTensors, first_update: int, where: str
+    optimizer: Optimizer, tensors: StepTensors, numbers: Mapping[Slot, int], where: str
 ) -> Assumptions:
     """Update ``tensors`` in place as ``optimizer.step()`` would; mark every new value with UPDATE.
 
-    The marks are numbered from ``first_update``: parameters first, then state,
-    in the order of ``tensors``. Returns what the trace took for granted.
+    ``numbers``: of the mark of each parameter and state. Returns what the trace took for granted.
     """
     name = type(optimizer).__name__
     with torch.no_grad():
-        written = [*tensors.params, *tensors.state.values()]
-        olds = [mark(old, OLD, number) for number, old in enumerate(written, first_update)]
+        written = {**tensors.params, **tensors.state}
+        olds = {slot: mark(written[slot], OLD, number) for slot, number in numbers.items()}
     groups = _traced_groups(optimizer, tensors)
     state: State = defaultdict(dict)
     traced = stand_in(optimizer, groups, state)
@@ -95,7 +91,8 @@ def run_step(
         found = f"{name}.step() {changed}, which a compiled step cannot follow"
         raise OptimizerError(found, where=where, hint=hint)
     with torch.no_grad():
-        _write_back(optimizer, tensors, state, groups, olds, first_update)
+        _write_back(optimizer, tensors, state, groups, olds, numbers)
+    number = next(iter(tensors.params)).optimizer
     return Assumptions.of(optimizer, number, where, mode.comparisons)
 
 
@@ -111,9 +108,9 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
             if "capturable" in group:
                 traced["capturable"] = isinstance(optimizer, _BRANCHING)
         groups.append(traced)
-    for (g, _), param, grad in zip(tensors.places, tensors.params, tensors.grads, strict=True):
-        param.grad = grad
-        groups[g]["params"].append(param)
+    for slot, param in tensors.params.items():
+        param.grad = tensors.grads[slot]
+        slot.of_group(groups)["params"].append(param)
     return groups
 
 
@@ -122,18 +119,18 @@ def _bases(optimizer: Optimizer) -> Sequence[type]:
 
 
 def _traced_state(optimizer: Optimizer, tensors: StepTensors, groups: list[dict[str, Any]]) -> State:
-    inputs = {(at.group, at.position, at.key): value for at, value in tensors.state.items()}
     state: State = defaultdict(dict)
-    for (g, p), param, grad in zip(tensors.places, tensors.params, tensors.grads, strict=True):
-        for key, value in optimizer.state.get(parameter(optimizer, g, p), {}).items():
-            value = inputs.get((g, p, key), value)
-            if (count := inputs.get((g, p, "step"))) is not None and isinstance(value, Tensor):
-                value = first_rate(optimizer, key, value, count, groups[g].get("lr"))
+    for slot, param in tensors.params.items():
+        group, count = slot.of_group(groups), tensors.state.get(slot.state("step"))
+        for key, value in optimizer.state.get(slot.read(optimizer), {}).items():
+            value = tensors.state.get(slot.state(key), value)
+            if count is not None and isinstance(value, Tensor):
+                value = first_rate(optimizer, key, value, count, group.get("lr"))
             if isinstance(optimizer, _BRANCHING) and key in ("step", "eta", "mu"):
                 # the ordinary formula computes with Python numbers: 1 - 0.999**step needs their precision
                 value = as_number(value)
-            if dampens(optimizer, groups[g]) and key == "momentum_buffer" and isinstance(value, Tensor):
-                value = prime_momentum(value, param, grad, groups[g])
+            if dampens(optimizer, group) and key == "momentum_buffer" and isinstance(value, Tensor):
+                value = prime_momentum(value, param, tensors.grads[slot], group)
             state[param][key] = value
     return state
 
@@ -146,11 +143,11 @@ def _known_settings(optimizer: Optimizer, tensors: StepTensors) -> list[tuple[Sl
 
 def _new_state(optimizer: Optimizer, tensors: StepTensors, state: State) -> str:
     """What the step did to its state beyond new values for the tensors in it; empty if nothing."""
-    by_param = dict(zip(tensors.params, tensors.places, strict=True))
+    slots = {param: slot for slot, param in tensors.params.items()}
     for owner, entries in state.items():
-        if entries and (not isinstance(owner, Tensor) or owner not in by_param):
+        if entries and (not isinstance(owner, Tensor) or owner not in slots):
             return f"keeps state under {owner!r}, not under a parameter"
-        real = optimizer.state.get(parameter(optimizer, *by_param[owner]), {}) if entries else {}
+        real = optimizer.state.get(slots[owner].read(optimizer), {}) if entries else {}
         for key in entries.keys() | real.keys():
             was, now = real.get(key), entries.get(key)
             if not isinstance(was, Tensor) and was is not now and was != now:
@@ -165,20 +162,20 @@ def _write_back(
     tensors: StepTensors,
     state: State,
     groups: list[dict[str, Any]],
-    olds: list[Tensor],
-    first: int,
+    olds: Mapping[Slot, Tensor],
+    numbers: Mapping[Slot, int],
 ) -> None:
-    by_place = dict(zip(tensors.places, tensors.params, strict=True))
-    news: list[tuple[Tensor, Any]] = list(zip(tensors.params, tensors.params, strict=True))
-    for at, old in tensors.state.items():
-        new = state[by_place[(at.group, at.position)]][at.key]
-        if dampens(optimizer, groups[at.group]) and at.key == "momentum_buffer":
+    news: dict[Slot, Any] = dict(tensors.params)
+    for slot in tensors.state:
+        new = state[tensors.params[slot.owner]][slot.key]
+        if dampens(optimizer, slot.of_group(groups)) and slot.key == "momentum_buffer":
             new = filled_momentum(new)
-        news.append((old, new))
-    for number, ((old, new), before) in enumerate(zip(news, olds, strict=True), first):
+        news[slot] = new
+    for slot, old in {**tensors.params, **tensors.state}.items():
+        new = news[slot]
         new = new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new)
-        old.copy_(mark(new, UPDATE, number, before))
-    for param in tensors.params:
+        old.copy_(mark(new, UPDATE, numbers[slot], olds[slot]))
+    for param in tensors.params.values():
         param.grad = None
 
 

@@ -11,8 +11,8 @@ import copy
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -22,21 +22,7 @@ from torch.optim import Optimizer
 
 from .. import _torch
 from ..errors import OptimizerError
-
-
-@dataclass(frozen=True)
-class StateKey:
-    """Where a state tensor lives: ``optimizer.state[param_groups[group]["params"][position]][key]``."""
-
-    group: int
-    position: int
-    key: str
-    like: Tensor = field(compare=False, repr=False)  # its dtype, shape and strides, without its values
-
-
-def parameter(optimizer: Optimizer, group: int, position: int) -> Tensor:
-    """The parameter at that place of ``param_groups``."""
-    return optimizer.param_groups[group]["params"][position]
+from ..ir.slots import Slot
 
 
 def undecorated(function: Any) -> Any:
@@ -72,15 +58,15 @@ def stand_in(optimizer: Optimizer, groups: list[dict[str, Any]], state: Any) -> 
     return other
 
 
-def create_state(optimizer: Optimizer, places: Sequence[tuple[int, int]], where: str) -> Callable[[], None]:
-    """Create what is missing of the state at ``places`` as eager's first step would; returns an undo.
+def create_state(optimizer: Optimizer, slots: Iterable[Slot], where: str) -> Callable[[], None]:
+    """Create what the parameters ``slots`` lack of state as eager's first step would; returns an undo.
 
     torch's optimizers do it in ``_init_group``, which gets a zero-stride zero
     gradient that costs nothing. For a user-written one the step is run on a
     clone of one parameter at a time and each state value is kept as it was when
     first assigned.
     """
-    params = [(g, parameter(optimizer, g, p)) for g, p in places]
+    params = [(slot, slot.read(optimizer)) for slot in slots]
     before = {p: dict(optimizer.state[p]) for _, p in params if p in optimizer.state}
 
     def undo() -> None:
@@ -91,10 +77,10 @@ def create_state(optimizer: Optimizer, places: Sequence[tuple[int, int]], where:
 
     create = _initial_state_of_torch if is_torchs(optimizer) else _initial_state_of_user
     try:
-        for group, param in params:
+        for slot, param in params:
             state = dict(before.get(param, {}))
             if not state or any(value is None for value in state.values()):
-                state = {**create(optimizer, group, param, where), **_present(state)}
+                state = {**create(optimizer, slot, where), **_present(state)}
             if state:
                 optimizer.state[param] = {k: _as_tensor(v, param) for k, v in state.items()}
     except BaseException:
@@ -103,35 +89,36 @@ def create_state(optimizer: Optimizer, places: Sequence[tuple[int, int]], where:
     return undo
 
 
-def fit_state(
-    optimizer: Optimizer, places: Sequence[tuple[int, int]], keys: Sequence[StateKey], where: str
-) -> None:
+def fit_state(optimizer: Optimizer, params: Iterable[Slot], forms: Mapping[Slot, Tensor], where: str) -> None:
     """Bring state that was replaced (``load_state_dict``) or cleared into the form the graph reads.
+
+    ``forms``: see :func:`state_of`.
 
     Raises:
         OptimizerError: a tensor of another shape.
     """
-    create_state(optimizer, places, where)
-    for at in keys:
-        param = parameter(optimizer, at.group, at.position)
-        value = optimizer.state[param].get(at.key)
-        if not isinstance(value, Tensor) or value.shape != at.like.shape:
-            found = f"state[{at.key!r}] of a parameter of shape {tuple(param.shape)} is {_short(value)}"
-            hint = f"load state of the shape the step was compiled for, {tuple(at.like.shape)}"
+    create_state(optimizer, params, where)
+    for slot, form in forms.items():
+        param, value = slot.owner.read(optimizer), slot.read(optimizer)
+        if not isinstance(value, Tensor) or value.shape != form.shape:
+            found = f"state[{slot.key!r}] of {slot.name}, of shape {tuple(param.shape)}, is {_short(value)}"
+            hint = f"load state of the shape the step was compiled for, {tuple(form.shape)}"
             raise OptimizerError(found, where=where, hint=hint)
-        if value.dtype != at.like.dtype or value.stride() != at.like.stride() or value.device != param.device:
-            fitting = torch.empty_like(at.like, device=param.device)
-            optimizer.state[param][at.key] = fitting.copy_(value)
+        if value.dtype != form.dtype or value.stride() != form.stride() or value.device != param.device:
+            slot.write(optimizer, torch.empty_like(form, device=param.device).copy_(value))
 
 
-def state_keys(optimizer: Optimizer, places: Sequence[tuple[int, int]]) -> list[StateKey]:
-    """Every tensor of the optimizer's state for the parameters at ``places``, in a fixed order."""
-    return [
-        StateKey(group, position, key, value.detach().to("meta"))
-        for group, position in places
-        for key, value in optimizer.state.get(parameter(optimizer, group, position), {}).items()
+def state_of(optimizer: Optimizer, params: Iterable[Slot]) -> dict[Slot, Tensor]:
+    """Every tensor of the state of ``params``, in a fixed order.
+
+    Each with its form: dtype, shape and strides, without its values.
+    """
+    return {
+        slot.state(key): value.detach().to("meta")
+        for slot in params
+        for key, value in optimizer.state.get(slot.read(optimizer), {}).items()
         if isinstance(value, Tensor)
-    ]
+    }
 
 
 def _short(value: Any) -> str:
@@ -152,18 +139,18 @@ def _as_tensor(value: Any, param: Tensor) -> Any:
 # ---------------------------------------------------------------- as the first step would make it
 
 
-def _initial_state_of_torch(optimizer: Optimizer, group: int, param: Tensor, where: str) -> dict[str, Any]:
+def _initial_state_of_torch(optimizer: Optimizer, slot: Slot, where: str) -> dict[str, Any]:
     init_group = inspect.unwrap(getattr(type(optimizer), "_init_group"))  # noqa: B009 - not of every Optimizer
-    proxy = param.detach()
-    proxy.grad = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
-    settings = {**optimizer.param_groups[group], "params": [proxy]}
+    proxy = slot.read(optimizer).detach()
+    proxy.grad = torch.zeros((), dtype=proxy.dtype, device=proxy.device).expand(proxy.shape)
+    settings = {**slot.of_group(optimizer.param_groups), "params": [proxy]}
     other = stand_in(optimizer, [settings], defaultdict(dict))
     lists = [[] for name in inspect.signature(init_group).parameters if name not in ("self", "group")]
     with torch.no_grad():
         init_group(other, settings, *lists)
     state = _present(other.state.get(proxy, {}))
     if isinstance(optimizer, torch.optim.SGD) and settings["momentum"] != 0:
-        state["momentum_buffer"] = torch.full_like(param.detach(), EMPTY_MOMENTUM)
+        state["momentum_buffer"] = torch.full_like(proxy, EMPTY_MOMENTUM)
     return state
 
 
@@ -233,16 +220,16 @@ class _FirstValues(dict[str, Any]):
             self[key] = value
 
 
-def _initial_state_of_user(optimizer: Optimizer, group: int, param: Tensor, where: str) -> dict[str, Any]:
+def _initial_state_of_user(optimizer: Optimizer, slot: Slot, where: str) -> dict[str, Any]:
     name = type(optimizer).__name__
-    runs = [_try_step(optimizer, group, param, fill, {}, where) for fill in (0.0, 1.0)]
+    runs = [_try_step(optimizer, slot, fill, {}, where) for fill in (0.0, 1.0)]
     first = runs[0].state.first
     for key, value in first.items():
         if not _equal(value, runs[1].state.first.get(key)):
             hint = f"initialise state[{key!r}] (with zeros, say) before the first gradient enters it"
             found = f"{name} creates state[{key!r}] from the gradient itself"
             raise OptimizerError(found, where=where, hint=hint)
-    again = _try_step(optimizer, group, param, 1.0, copy.deepcopy(first), where)
+    again = _try_step(optimizer, slot, 1.0, copy.deepcopy(first), where)
     for what, value in {**again.state, "the parameter": again.param}.items():
         if not _equal(value, {**runs[1].state, "the parameter": runs[1].param}.get(what)):
             hint = "let the first step make its state (zeros, say) and then do what every later step does"
@@ -265,13 +252,13 @@ class _Trial:
     state: _FirstValues
 
 
-def _try_step(
-    optimizer: Optimizer, group: int, param: Tensor, fill: float, start: dict[str, Any], where: str
-) -> _Trial:
+def _try_step(optimizer: Optimizer, slot: Slot, fill: float, start: dict[str, Any], where: str) -> _Trial:
     """One step of a clone of one parameter, its gradient full of ``fill``, from the state ``start``."""
+    param = slot.read(optimizer)
     proxy = param.detach().clone()
     proxy.grad = torch.full_like(proxy, fill)
-    groups = [{**g, "params": [proxy] if i == group else []} for i, g in enumerate(optimizer.param_groups)]
+    own = slot.of_group(optimizer.param_groups)
+    groups = [{**group, "params": [proxy] if group is own else []} for group in optimizer.param_groups]
     state: defaultdict[Any, _FirstValues] = defaultdict(_FirstValues)
     if start:
         state[proxy].update(start)

@@ -8,7 +8,7 @@ it into one ATen graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,29 +18,17 @@ from torch.fx.traceback import annotate
 
 from .. import _torch
 from ..errors import CaptureError
-from ..ir.graph import Role, StepGraph, Update
+from ..ir.graph import Gradient, Read, Role, StepGraph, Update
+from ..ir.marks import GRAD, READ, UPDATE
 from ..ir.slots import Slot
 from . import optim, optim_state, phases
-from .assumptions import Assumptions
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
+from .events import Event
 from .numbers import as_tensor, spell_out_numbers
 from .renorm import spell_out_renorm
 from .writes import UPDATES, hide_writes
-
-
-@dataclass
-class Event:
-    """One ``optimizer.step()``: which tensors it needs at run time, in input order."""
-
-    optimizer: Callable[[], torch.optim.Optimizer]
-    places: list[tuple[int, int]]
-    state: list[optim_state.StateKey]
-    groups: int
-    where: str
-    dynamic: list[Slot]
-    assumed: Assumptions | None = None  # known when the update is traced
 
 
 @dataclass
@@ -49,21 +37,30 @@ class Captured:
 
     gm: GraphModule
     events: list[Event]
-    parameters: list[Node]  # placeholders of parameters some optimizer updates
-    kept: list[int]  # input positions of the parameters whose gradients are extra outputs
-    outputs: int
-    handed_over: list[
-        tuple[int, str | None]
-    ]  # output that is a gradient, the placeholder of the .grad before
-    extra_roles: list[tuple[Role, str]]
-    first_extra: int
+    leaf_grads: list[_torch.LeafGrad]  # by GRAD mark
+    inputs: list[Node]  # Dynamo's placeholders; those of the scaler's fields and of slots follow them
+    scaler: dict[str, Node] = field(default_factory=dict)
+    slots: dict[Slot, Node] = field(default_factory=dict)  # parameters that are updated too
+    writes: list[tuple[int, Slot]] = field(default_factory=list)  # by UPDATE mark, the event and what it sets
+    kept: list[Slot] = field(default_factory=list)  # parameters whose gradients are extra outputs
+    outputs: int = 0
+    # output that is a gradient, the placeholder of the .grad before
+    handed_over: list[tuple[int, str | None]] = field(default_factory=list)
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
-    # per UPDATE mark: event, placeholder, placeholder of the parameter it belongs to
-    update_slots: list[tuple[int, str, str]] = field(default_factory=list)
 
 
-def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_grads: bool) -> Captured:
-    """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it."""
+def capture(
+    gm: GraphModule,
+    record: _torch.FrameRecord,
+    events: list[Event],
+    scaler_fields: Sequence[str],
+    *,
+    keep_grads: bool,
+) -> Captured:
+    """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it.
+
+    ``scaler_fields`` become inputs after Dynamo's, and after them :attr:`Event.inputs` of every event.
+    """
     graph = Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -74,16 +71,14 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
     new_gm = GraphModule(gm, graph)
     by_name = {old.name: new for old, new in copies.items()}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    captured = Captured(new_gm, [], [], [], 0, [], [], len(placeholders))
-    inputs = _ExtraInputs(graph, placeholders, captured.extra_roles)
-    if record.events:
-        for name in scaler_fields:
-            inputs.add(Role.SCALER, name)
+    captured = Captured(new_gm, events, record.leaf_grads, placeholders)
+    inputs = _ExtraInputs(graph, placeholders)
+    captured.scaler = {name: inputs.add() for name in scaler_fields}
     phases.declare(graph)
     captured.data = [n.name for n in placeholders if phases.is_data(n)]
     for node in list(graph.nodes):
         if node.target is _torch.optimizer_step:
-            _expand_optimizer(node, record, captured, inputs, by_name)
+            _expand_optimizer(node, captured, inputs, by_name)
         elif node.target is torch.autograd.grad:
             node.target = _torch.grad_with_forward_links
     _finish_outputs(graph, record, captured, by_name, keep_grads)
@@ -100,74 +95,63 @@ def capture(gm: GraphModule, record: Any, scaler_fields: Sequence[str], *, keep_
 class _ExtraInputs:
     """Appends placeholders after the last one."""
 
-    def __init__(self, graph: Graph, placeholders: list[Node], roles: list[tuple[Role, str]]) -> None:
+    def __init__(self, graph: Graph, placeholders: list[Node]) -> None:
         self.graph = graph
         self.last = placeholders[-1] if placeholders else None
-        self.roles = roles
-        self.states: dict[tuple[int, optim_state.StateKey], Node] = {}  # by id of the optimizer
+        self.count = 0
 
-    def add(self, role: Role, name: str) -> Node:
+    def add(self) -> Node:
         where = self.graph.inserting_after(self.last) if self.last else self.graph.inserting_before(None)
         with where:
-            node = self.graph.placeholder(f"fxpass_{len(self.roles)}")
+            node = self.graph.placeholder(f"fxpass_{self.count}")
         vars(node)["_dynamo_source"] = None  # not an input of Dynamo's
         self.last = node
-        self.roles.append((role, name))
+        self.count += 1
         return node
 
 
 def _expand_optimizer(
-    node: Node, record: Any, captured: Captured, inputs: _ExtraInputs, by_name: dict[str, Node]
+    node: Node, captured: Captured, inputs: _ExtraInputs, by_name: Mapping[str, Node]
 ) -> None:
     arguments: Any = node.args
     index, params, grads, dynamic = arguments
-    found = record.events[index]
-    optimizer = found.live()
-    number = record.number_of(optimizer)
-    places = [(p.group, p.position) for p in found.params if p.has_grad]
-    keys = optim_state.state_keys(optimizer, places)
-    fetched = [k for k in keys if (id(optimizer), k) not in inputs.states]  # not by an earlier step()
-    for k in fetched:
-        name = f"{k.key}[{_param_name(by_name, found, k)}]"
-        inputs.states[(id(optimizer), k)] = inputs.add(Role.STATE, name)
-    state = [inputs.states[(id(optimizer), k)] for k in keys]
-    lr = [inputs.add(Role.LR, f"lr[{g}]") for g in range(len(optimizer.param_groups))]
-    event = Event(found.live, places, fetched, len(lr), found.where, found.dynamic)
-    first = len(captured.update_slots)
-    owners = dict(zip(places, params, strict=True))
-    captured.update_slots += [(index, n.name, n.name) for n in params]
-    captured.update_slots += [
-        (index, n.name, owners[k.group, k.position].name) for k, n in zip(keys, state, strict=True)
-    ]
-    captured.parameters += [n for n in params if n not in captured.parameters]
-    captured.events.append(event)
+    event = captured.events[index]
+    optimizer = event.optimizer()
+    forms = optim_state.state_of(optimizer, event.params)
+    event.state = {slot: form for slot, form in forms.items() if slot not in captured.slots}
+    event.settings = [slot for slot in event.lr if slot not in captured.slots]
+    captured.slots |= {slot: by_name[name] for slot, name in event.params.items()}
+    captured.slots |= {slot: inputs.add() for slot in event.inputs}
+    state = [captured.slots[slot] for slot in forms]
+    numbers = {slot: number for number, slot in enumerate((*event.params, *forms), len(captured.writes))}
+    captured.writes += [(index, slot) for slot in numbers]
 
     def expand(params: Any, grads: Any, state: Any, lr: Any, dynamic: Any) -> None:
-        rates = zip((Slot(number, g, key="lr") for g in range(len(lr))), lr, strict=True)
+        rates = zip(event.lr, lr, strict=True)
         settings = {slot: rate for slot, rate in rates if slot.read(optimizer) is not None}
         settings |= zip(event.dynamic, dynamic, strict=True)
         tensors = optim.StepTensors(
-            places, list(params), list(grads), dict(zip(keys, state, strict=True)), settings
+            dict(zip(event.params, params, strict=True)),
+            dict(zip(event.params, grads, strict=True)),
+            dict(zip(forms, state, strict=True)),
+            settings,
         )
         with annotate({"fxpass": "update"}):
-            event.assumed = optim.run_step(optimizer, number, tensors, first, event.where)
+            event.assumed = optim.run_step(optimizer, tensors, numbers, event.where)
 
     node.target = expand
     node.meta[UPDATES] = [*params, *state]
-    device = optim_state.parameter(optimizer, *places[0]).device
-    numbers = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
-    node.args = (params, grads, state, lr, numbers)
-
-
-def _param_name(by_name: dict[str, Node], found: Any, key: optim_state.StateKey) -> str:
-    for p in found.params:
-        if (p.group, p.position) == (key.group, key.position):
-            return str(p.node)
-    return "?"
+    device = next(iter(event.params)).read(optimizer).device
+    values = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
+    node.args = (params, grads, state, [captured.slots[slot] for slot in event.lr], values)
 
 
 def _finish_outputs(
-    graph: Graph, record: Any, captured: Captured, by_name: dict[str, Node], keep_grads: bool
+    graph: Graph,
+    record: _torch.FrameRecord,
+    captured: Captured,
+    by_name: Mapping[str, Node],
+    keep_grads: bool,
 ) -> None:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     (values,) = output.args
@@ -188,10 +172,9 @@ def _finish_outputs(
             name = old.name if old is not None and old.op == "placeholder" else None
             captured.handed_over.append((positions[grad], name))
     if keep_grads:
-        positions = {n: i for i, n in enumerate(graph.nodes) if n.op == "placeholder"}
-        for param, grad in record.kept:
-            captured.kept.append(positions[by_name[param]])
-            results.append(by_name[grad])
+        slots = {name: slot for event in captured.events for slot, name in event.all_params.items()}
+        captured.kept = [slots[param] for param, _ in record.kept]
+        results += [by_name[grad] for _, grad in record.kept]
     output.args = (tuple(results),)
 
 
@@ -219,25 +202,41 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         raise CaptureError(
             f"AOTAutograd changed the inputs of the step ({len(dynamo)} to {len(placeholders)})"
         )
-    by_name = {d.name: p for d, p in zip(dynamo, placeholders, strict=True)}
-    for node in captured.parameters:
-        step.roles[by_name[node.name]] = Role.PARAMETER
-    for old, node in zip(dynamo[: captured.first_extra], placeholders, strict=False):
-        step.names[node] = names.get(old.name, old.name)
-        step.roles.setdefault(node, Role.INPUT)
-    for node, (role, name) in zip(placeholders[captured.first_extra :], captured.extra_roles, strict=True):
-        step.roles[node] = role
-        step.names[node] = _user_name(name, names)
-        if role is Role.SCALER:
-            step.scaler[name] = node
-    for index, (event, name, owner) in enumerate(captured.update_slots):
-        step.updates.append(Update(index, event, by_name[name], by_name[owner]))
+    ours = dict(zip(dynamo, placeholders, strict=True))
+    by_name = {d.name: p for d, p in ours.items()}
+    for old in captured.inputs:
+        step.roles[ours[old]], step.names[ours[old]] = Role.INPUT, names.get(old.name, old.name)
+    for name, old in captured.scaler.items():
+        step.roles[ours[old]], step.names[ours[old]] = Role.SCALER, name
+        step.scaler[name] = ours[old]
+    for slot, old in captured.slots.items():
+        step.roles[ours[old]], step.names[ours[old]] = _role(slot), str(slot)
+        step.slots[slot] = ours[old]
+    _read_marks(step, captured, by_name)
     step.handed_over = [(i, by_name[old] if old else None) for i, old in captured.handed_over]
     phases.set_phases(step, {by_name[name] for name in captured.data})
     return step
 
 
-def _user_name(name: str, names: Mapping[str, str]) -> str:
-    """``exp_avg[l_self_weight]`` with the user's name of the parameter in the brackets."""
-    key, bracket, node = name.rstrip("]").partition("[")
-    return f"{key}[{names.get(node, node)}]" if bracket else name
+def _role(slot: Slot) -> Role:
+    if slot.position is None:
+        return Role.LR
+    return Role.PARAMETER if slot.key is None else Role.STATE
+
+
+def _read_marks(step: StepGraph, captured: Captured, by_name: Mapping[str, Node]) -> None:
+    """What capture knows of the marks by their numbers, from here on of the nodes.
+
+    A mark that nothing needs is gone: of a gradient that no optimizer looks at, say.
+    """
+    grads, reads, updates = (step.numbered(role) for role in (GRAD, READ, UPDATE))
+    for number, grad in enumerate(captured.leaf_grads):
+        if number in grads:
+            step.gradients[grads[number]] = Gradient(by_name[grad.leaf], grad.backward)
+    for event in captured.events:
+        found = [(reads[n], slot) for slot, n in event.reads.items() if n in reads]
+        step.reads += [Read(mark, slot, event.index) for mark, slot in found]
+    for number, (index, slot) in enumerate(captured.writes):
+        if number in updates:
+            step.updates.append(Update(updates[number], slot, index))
+    step.backwards_before = [event.backwards for event in captured.events]

@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .marks import MARK, SEED
+from .slots import Slot
 
 aten = torch.ops.aten
 
@@ -53,17 +54,30 @@ class Origin:
     reason: str
 
 
-@dataclass
-class Update:
-    """One value an optimizer writes: UPDATE mark ``index`` replaces the input ``old``.
+@dataclass(frozen=True)
+class Gradient:
+    """What leaves a ``backward()``."""
 
-    ``owner`` is the parameter that ``old`` belongs to: itself, or the one whose state it is.
-    """
+    leaf: Node  # the input whose gradient it is
+    backward: int
 
-    index: int
+
+@dataclass(frozen=True)
+class Read:
+    """A gradient as one ``optimizer.step()`` finds it: the READ mark, and whose gradient it is."""
+
+    mark: Node
+    slot: Slot  # the parameter
     event: int
-    old: Node
-    owner: Node
+
+
+@dataclass(frozen=True)
+class Update:
+    """A value that one ``optimizer.step()`` replaces: the UPDATE mark, and where the value is kept."""
+
+    mark: Node
+    slot: Slot
+    event: int
 
 
 @dataclass
@@ -74,11 +88,12 @@ class StepGraph:
     roles: dict[Node, Role] = field(default_factory=dict)
     names: dict[Node, str] = field(default_factory=dict)  # the user's name of an input, e.g. layer.weight
     scaler: dict[str, Node] = field(default_factory=dict)  # scaler input by field name
+    # the input that holds a slot's value; of a parameter with two optimizers, both slots have the same one
+    slots: dict[Slot, Node] = field(default_factory=dict)
+    gradients: dict[Node, Gradient] = field(default_factory=dict)  # by GRAD mark
+    reads: list[Read] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
-    read_events: list[int] = field(default_factory=list)  # the optimizer event of READ mark i
-    read_groups: list[int] = field(default_factory=list)  # the parameter group of READ mark i
     backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
-    backward_of: list[int] = field(default_factory=list)  # the backward() that GRAD mark i leaves
     # outputs that are gradients left in .grad for others, each with the .grad it adds to, if there was one
     handed_over: list[tuple[int, Node | None]] = field(default_factory=list)
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
@@ -112,8 +127,13 @@ class StepGraph:
 
     def marks(self, role: str) -> list[Node]:
         """The mark nodes of one role, in the order of their index."""
-        found = {n.args[2]: n for n in self.graph.nodes if n.target is MARK and n.args[1] == role}
+        found = self.numbered(role)
         return [found[index] for index in sorted(found)]
+
+    def numbered(self, role: str) -> dict[int, Node]:
+        """The mark nodes of one role by their index."""
+        marks = (n for n in self.graph.nodes if n.target is MARK and n.args[1] == role)
+        return {int(str(n.args[2])): n for n in marks}
 
     def inputs(self) -> Iterator[Node]:
         """The placeholders, in order."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.optim import Optimizer
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Slot:
     def state(self, key: str) -> Slot:
         """The slot of this parameter's state ``key``."""
         return replace(self, key=key)
+
+    def of_group(self, groups: Sequence[_T]) -> _T:
+        """What ``groups``, one for each param group, has for the slot's."""
+        assert self.group is not None, f"{self} is an attribute"
+        return groups[self.group]
 
     def read(self, optimizer: Optimizer) -> Any:
         """The present value, looked up anew; None if there is none."""

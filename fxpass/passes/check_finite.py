@@ -13,7 +13,7 @@ from ..analysis.updates import gradients_behind
 from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, is_float, origin, phase, seed_losses, source, tensor
-from ..ir.marks import GRAD, MARK, READ
+from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ class CheckFinite(GraphPass):
         if not step.trains:
             edit.decline("no optimizer step")
             return
-        step.sources = {read: set(gradients_behind({read})) for read in step.marks(READ)}
+        step.sources = {read.mark: set(gradients_behind({read.mark})) for read in step.reads}
         read_by_any = set[Node]().union(*step.sources.values())
         born = _born(step)
         for mark in step.marks(GRAD):
@@ -65,14 +65,14 @@ class CheckFinite(GraphPass):
         edited: dict[Node, list[Node]] = {}
         suspects = _Suspects(step, edit)
         for read, marks in step.sources.items():
-            ordered = [mark for mark in sorted(marks, key=_index) if mark in step.largest]
+            ordered = [mark for mark in step.gradients if mark in marks and mark in step.largest]
             if _is_edited(read):
                 stored[read] = [value for mark in ordered if (value := suspects.of(mark)) is not None]
                 edited[read] = [_largest(edit, read)]
             else:
                 stored[read] = [step.largest[mark] for mark in ordered]
             step.deciding[read] = stored[read] + edited.get(read, [])
-        event_of = dict(zip(step.sources, step.read_events, strict=True))
+        event_of = {read.mark: read.event for read in step.reads}
         verdicts: dict[tuple[Node, ...], Node] = {}
         for event, backwards in enumerate(step.backwards_before):
             reads = [read for read in step.sources if step.backwards_before[event_of[read]] <= backwards]
@@ -114,15 +114,15 @@ class _Suspects:
         self.step, self.edit = step, edit
         narrow = (is_float(n) and tensor(n).dtype is torch.float16 for n in _backward_nodes(step))
         self.possible = "scale" in step.scaler and any(narrow)
-        self.seeds = {mark.args[2]: (mark, loss) for mark, loss in seed_losses(step).items()}
+        losses = seed_losses(step)
+        self.seeds = {number: (mark, losses[mark]) for number, mark in step.numbered(SEED).items()}
         self.cleared: dict[int, Node] = {}
 
     def of(self, mark: Node) -> Node | None:
         """What is to be finite beside the edited gradient; None if the scale is above all suspicion."""
         if not self.possible:
             return None
-        backward = self.step.backward_of[_index(mark)]
-        cleared = self._is_cleared(backward)
+        cleared = self._is_cleared(self.step.gradients[mark].backward)
         with self.edit.after(self.edit.last((cleared, self.step.largest[mark]))):
             return self._call(aten.where.ScalarSelf, cleared, 0.0, self.step.largest[mark])
 
@@ -139,10 +139,6 @@ class _Suspects:
 
     def _call(self, target: Any, *args: Any) -> Node:
         return self.edit.call(target, *args, when=Phase.CHECK, reason="whose overflow an edit removes")
-
-
-def _index(mark: Node) -> int:
-    return int(str(mark.args[2]))
 
 
 def _backward_nodes(step: StepGraph) -> Iterator[Node]:

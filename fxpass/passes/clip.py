@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, origin, source, tensor
+from ..ir.graph import Phase, Read, StepGraph, origin, source, tensor
 from .base import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
 
@@ -46,21 +46,20 @@ class Clip(GraphPass):
             return
         norms = Norms(step, edit, f"clip by norm {self.max_norm} per {self.clip_per}")
         groups: dict[object, list[Node]] = {}
-        for index, read in reads:
-            groups.setdefault(self._key(step, index), []).append(read)
+        for read in reads:
+            groups.setdefault(self._key(step, read), []).append(read.mark)
         acting = [self._clip(norms, group, self.max_norm) for group in groups.values()]
         if found := [norm for norm in acting if norm is not None]:
             note_clipped(norms, found, self.max_norm)
 
-    def _key(self, step: StepGraph, index: int) -> object:
+    def _key(self, step: StepGraph, read: Read) -> object:
         """Equal for gradients with one norm in common."""
-        event = step.read_events[index]
         keys = {
-            "global": step.backwards_before[event],
-            "optimizer": event,
-            "group": (event, step.read_groups[index]),
+            "global": step.backwards_before[read.event],
+            "optimizer": read.event,
+            "group": (read.event, read.slot.group),
         }
-        return keys.get(self.clip_per, (event, index))
+        return keys.get(self.clip_per, (read.event, read.slot))
 
     def _clip(self, norms: Norms, reads: list[Node], max_norm: float) -> Node | None:
         """Multiply ``reads`` by their coefficient; returns their norm, None if they are left alone."""

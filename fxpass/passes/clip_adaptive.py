@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source
-from ..ir.marks import READ, UPDATE
+from ..ir.slots import Slot
 from .base import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
 
@@ -43,7 +43,7 @@ class ClipAdaptive(GraphPass):
             return
         norms = Norms(step, edit, f"clip rows to {self.adaptive_clip} of the parameter's norm")
         parameters = _parameters(step)
-        excess = [self._clip_rows(norms, read, parameters[index]) for index, read in reads]
+        excess = [self._clip_rows(norms, read.mark, parameters[read.event, read.slot]) for read in reads]
         note_clipped(norms, excess, 1.0)
 
     def _clip_rows(self, norms: Norms, read: Node, parameter: Node) -> Node:
@@ -62,14 +62,6 @@ class ClipAdaptive(GraphPass):
         return excess
 
 
-def _parameters(step: StepGraph) -> list[Node]:
-    """The parameter of every READ mark, as its update finds it: the user or an earlier optimizer may have
-    changed it."""
-    marks = step.marks(UPDATE)
-    found = []
-    for event in range(len(step.backwards_before)):
-        updates = [u for u in step.updates if u.event == event]
-        reads = [r for r, e in zip(step.marks(READ), step.read_events, strict=True) if e == event]
-        # an event's updates are its parameters, in the order of their gradients, then its state
-        found += [source(source(marks[u.index], 3)) for _, u in zip(reads, updates, strict=False)]
-    return found
+def _parameters(step: StepGraph) -> dict[tuple[int, Slot], Node]:
+    """Each value as its update finds it: the user or an earlier optimizer may have changed a parameter."""
+    return {(update.event, update.slot): source(source(update.mark, 3)) for update in step.updates}

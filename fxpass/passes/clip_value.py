@@ -31,7 +31,7 @@ class ClipValue(GraphPass):
         if self.clip_value is None:
             edit.decline("clip_value is None")
             return
-        reads = [read for _, read in reads_with_elements(step)]
+        reads = [read.mark for read in reads_with_elements(step)]
         if not step.found_inf or not reads:
             edit.decline("no gradient reaches an optimizer")
             return

@@ -23,7 +23,7 @@ class GradNorm(GraphPass):
     norm_type: float = 2.0
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        reads = [read for _, read in reads_with_elements(step)]
+        reads = [read.mark for read in reads_with_elements(step)]
         if not step.found_inf or not reads:
             edit.decline("no gradient reaches an optimizer")
             return

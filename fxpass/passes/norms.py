@@ -10,15 +10,15 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, origin, source, tensor
-from ..ir.marks import GRAD, MARK, READ
+from ..ir.graph import Phase, Read, StepGraph, origin, source, tensor
+from ..ir.marks import GRAD, MARK
 
 aten = torch.ops.aten
 
 
-def reads_with_elements(step: StepGraph) -> list[tuple[int, Node]]:
-    """The gradients that optimizers read, by their index; a gradient without elements has no norm."""
-    return [(index, read) for index, read in enumerate(step.marks(READ)) if tensor(read).numel() != 0]
+def reads_with_elements(step: StepGraph) -> list[Read]:
+    """The gradients that optimizers read and that have a norm: those with elements."""
+    return [read for read in step.reads if tensor(read.mark).numel() != 0]
 
 
 class Norms:

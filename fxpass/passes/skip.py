@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..analysis.updates import follows_gradient, marks_behind, update_groups
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source
-from ..ir.marks import GRAD, READ, UPDATE
+from ..ir.marks import GRAD, READ
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -48,8 +48,9 @@ class Skip(GraphPass):
 def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
     last = step.found_inf[max(step.found_inf)]
     finals = {n.args[0]: n for n in step.graph.nodes if n.target is aten.copy_.default}
-    for mark, update in zip(step.marks(UPDATE), step.updates, strict=True):
-        found, final = step.found_inf[update.event], finals.pop(update.old, None)
+    for update in step.updates:
+        mark, found = update.mark, step.found_inf[update.event]
+        final = finals.pop(step.slots[update.slot], None)
         reason = "one gradient of the step is not finite: the update is skipped whole"
         _keep(edit, mark, 0, found, source(mark, 3), reason)
         if found is not last and final is not None:
@@ -63,15 +64,14 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
     last, checked = step.found_inf[max(step.found_inf)], set(step.checked)
     read = {write: marks_behind({source(write, 1)}, GRAD, guarded=True) for write in statistics}
     checks = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
-    marks = {update.old: mark for mark, update in zip(step.marks(UPDATE), step.updates, strict=True)}
-    events = {update.old: update.event for update in step.updates}
+    updates = {step.slots[update.slot]: update for update in step.updates}
     for group in update_groups(step):
-        olds = [old for write in group.writes if (old := source(write)) in marks]
-        if not olds:
+        own = [updates[old] for write in group.writes if (old := source(write)) in updates]
+        if not own:
             continue  # the user's own writes
         values = _checks(step, group.body)
-        found = _verdict(edit, values) if values else step.found_inf[events[olds[0]]]
-        for mark in map(marks.__getitem__, olds):
+        found = _verdict(edit, values) if values else step.found_inf[own[0].event]
+        for mark in (update.mark for update in own):
             _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
     for write in statistics:  # of gradients that no optimizer reads nothing is known but what they led to
         known = checked.issuperset(read[write])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LossScaleError
 from .scale import LossScale
-from .watch import Report, kind
+from .watch import Column, Report, kind
 
 logger = logging.getLogger("fxpass")
 SLOTS = 16  # reports on their way at most; what comes when all are taken is told by a later one
@@ -91,7 +91,7 @@ class Reporter:
         self.minimum: float = getattr(loss_scale, "min_scale", 1.0)
         self.transfer = transfer
         self.free: list[Transfer] = []
-        self.pending: deque[tuple[Transfer, Sequence[str]]] = deque()
+        self.pending: deque[tuple[Transfer, Sequence[Column]]] = deque()
         self.restart(0, 1.0 if loss_scale is None else loss_scale.init)
 
     def restart(self, skipped: int, scale: float) -> None:
@@ -101,7 +101,7 @@ class Reporter:
         self.free.clear()
         self.slots = 0
 
-    def step(self, report: Tensor, names: Sequence[str]) -> None:
+    def step(self, report: Tensor, columns: Sequence[Column]) -> None:
         """Send a step's report on its way, and tell what has arrived.
 
         Raises:
@@ -109,14 +109,14 @@ class Reporter:
         """
         if report.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        self._send(report, names)
+        self._send(report, columns)
         while self.pending and self.pending[0][0].done():
             transfer, known = self.pending.popleft()
             arrived = transfer.read()
             self.free.append(transfer)
             self._tell(arrived, known)
 
-    def _send(self, report: Tensor, names: Sequence[str]) -> None:
+    def _send(self, report: Tensor, columns: Sequence[Column]) -> None:
         if not self.free:
             if self.slots == SLOTS:
                 return
@@ -124,12 +124,12 @@ class Reporter:
             self.free.append(self.transfer(report.device))
         transfer = self.free.pop()
         transfer.start(report)
-        self.pending.append((transfer, names))
+        self.pending.append((transfer, columns))
 
-    def _tell(self, now: Report, names: Sequence[str]) -> None:
+    def _tell(self, now: Report, columns: Sequence[Column]) -> None:
         skipped = int(now.skipped) - self.skipped
         before, self.skipped, self.scale = self.scale, int(now.skipped), now.scale
-        where = f"{names[int(now.first)]}: {kind(now.value)}" if now.first >= 0 else "unknown"
+        where = f"{columns[int(now.first)].name}: {kind(now.value)}" if now.first >= 0 else "unknown"
         if skipped == 1 and now.first >= 0:
             logger.warning(
                 "step %d skipped, first non-finite gradient %s; loss scale %g -> %g",

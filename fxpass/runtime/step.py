@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _torch
+from ..ir.slots import Slot
 from .report import Reporter
 from .state import ScalerState
-from .watch import Watch
+from .watch import REPORT, WATCH, Watch
 
 
 @dataclass
 class OptimizerBinding:
-    """What one ``optimizer.step()`` of the graph reads: state in input order, then one lr per group."""
+    """What one ``optimizer.step()`` of the graph reads: state, then settings."""
 
     optimizer: Callable[[], Optimizer]
-    state: Sequence[tuple[int, int, str]]  # (group, position, key)
+    state: Sequence[Slot]  # tensors of the optimizer's own
+    settings: Sequence[Slot]  # numbers, each in a tensor made here
     fit: Callable[[Optimizer], None]  # brings state of another origin into the form the graph reads
     holds: Callable[[Optimizer], None]  # raises if something that the graph assumes has changed
     known: list[Tensor] = field(default_factory=list)  # the state tensors of the last call
-    lr: list[Tensor] = field(default_factory=list)
-    lr_values: list[float] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)  # of the settings, 0-d float64
+    written: list[float] = field(default_factory=list)  # what they hold
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """The live tensors, looked up anew: ``load_state_dict`` replaces them."""
@@ -37,25 +39,55 @@ class OptimizerBinding:
         if len(tensors) != len(self.known) or any(map(operator.is_not, tensors, self.known)):
             self.fit(optimizer)
             tensors = self.known = self._read(optimizer)
-        return tensors + self._learning_rates(optimizer.param_groups, device)
+        return tensors + self._numbers(optimizer, device)
 
     def _read(self, optimizer: Optimizer) -> list[Any]:
-        groups, state = optimizer.param_groups, optimizer.state
-        return [state.get(groups[g]["params"][p], {}).get(key) for g, p, key in self.state]
+        return [slot.read(optimizer) for slot in self.state]
 
-    def _learning_rates(self, groups: list[dict[str, Any]], device: torch.device) -> list[Tensor]:
-        values = [0.0 if group.get("lr") is None else group["lr"] for group in groups]
-        if not self.lr:
-            self.lr = [torch.zeros((), dtype=torch.float64, device=device) for _ in values]
-            self.lr_values = [float("nan")] * len(values)
-        for index, value in enumerate(values):
+    def _numbers(self, optimizer: Optimizer, device: torch.device) -> list[Tensor]:
+        if not self.numbers:
+            self.numbers = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.settings]
+            self.written = [float("nan")] * len(self.settings)
+        for index, slot in enumerate(self.settings):
+            value = slot.read(optimizer)
             if isinstance(value, Tensor):
-                self.lr[index].copy_(value.reshape(()))
-                self.lr_values[index] = float("nan")  # unknown: no number equals it
-            elif value != self.lr_values[index]:
-                self.lr[index].fill_(value)
-                self.lr_values[index] = value
-        return self.lr
+                self.numbers[index].copy_(value.reshape(()))
+                self.written[index] = float("nan")  # unknown: no number equals it
+                continue
+            value = 0.0 if value is None else value
+            if value != self.written[index]:
+                self.numbers[index].fill_(value)
+                self.written[index] = value
+        return self.numbers
+
+
+@dataclass
+class Extras:
+    """What a graph reads beyond Dynamo's inputs: the scaler and the watch, then what each binding has.
+
+    In that order, which is that of the graph's inputs.
+    """
+
+    scaler: ScalerState
+    watch: Watch | None  # None: no optimizer steps, and nothing is read
+    device: torch.device
+    bindings: list[OptimizerBinding] = field(default_factory=list)
+
+    @property
+    def fields(self) -> list[str]:
+        """What each of the scaler's tensors is."""
+        return [] if self.watch is None else [*self.scaler.fields, WATCH, REPORT]
+
+    def tensors(self) -> list[Tensor]:
+        """The live tensors."""
+        if self.watch is None:
+            return []
+        self.scaler.to(self.device)
+        found = [self.scaler.tensors[name] for name in self.scaler.fields]
+        found += [self.watch.table, self.watch.report]
+        for binding in self.bindings:
+            found += binding.inputs(self.device)
+        return found
 
 
 @dataclass
@@ -63,46 +95,40 @@ class CompiledStep:
     """One compiled graph of a step, callable with Dynamo's inputs."""
 
     call: Callable[..., Any]
-    scaler: ScalerState
-    bindings: list[OptimizerBinding]
-    device: torch.device
+    extras: Extras
+    optimizers: Mapping[int, Callable[[], Optimizer]]  # by their number in slots
     outputs: int
-    kept: list[int]  # inputs whose .grad receives the outputs after the first `outputs`
-    cleared: list[tuple[int, int, int]]  # (binding, group, position) of parameters whose .grad becomes None
+    kept: list[Slot]  # parameters whose .grad receives the outputs after the first `outputs`
+    cleared: list[Slot]  # parameters whose .grad becomes None
     drop_grads: bool
-    watch: Watch | None
     reporter: Reporter
     holds: Callable[[], None]  # raises if what the capture took for granted has changed
 
     def __call__(self, *args: Any) -> Any:
         self.holds()
-        extras: list[Tensor] = []
-        if self.bindings:
-            self.scaler.to(self.device)
-            extras += [self.scaler.tensors[name] for name in self.scaler.fields]
-            if self.watch is not None:
-                extras += [self.watch.table, self.watch.report]
-        for binding in self.bindings:
-            extras += binding.inputs(self.device)
-        results = self.call(*args, *extras)
-        self._place_grads(args, results[self.outputs :])
-        for binding in self.bindings:
+        results = self.call(*args, *self.extras.tensors())
+        self._place_grads(results[self.outputs :])
+        for binding in self.extras.bindings:
             _torch.note_step(binding.optimizer())
-        if self.watch is not None:
-            self.reporter.step(self.watch.report, self.watch.names)
+        if (watch := self.extras.watch) is not None:
+            self.reporter.step(watch.report, watch.columns)
         return results[: self.outputs]
 
-    def _place_grads(self, args: Sequence[Any], grads: Sequence[Tensor]) -> None:
-        for position, grad in zip(self.kept, grads, strict=True):
-            args[position].grad = _as_eager(grad, args[position])
-        for binding, group, position in self.cleared:
-            self.bindings[binding].optimizer().param_groups[group]["params"][position].grad = None
+    def _place_grads(self, grads: Sequence[Tensor]) -> None:
+        for slot, grad in zip(self.kept, grads, strict=True):
+            param = self._read(slot)
+            param.grad = _as_eager(grad, param)
+        for slot in self.cleared:
+            self._read(slot).grad = None
         if self.drop_grads:
-            for binding in self.bindings:
-                for group in binding.optimizer().param_groups:
+            for optimizer in self.optimizers.values():
+                for group in optimizer().param_groups:
                     for param in group["params"]:
                         if param.grad is not None:
                             param.grad = None
+
+    def _read(self, slot: Slot) -> Tensor:
+        return slot.read(self.optimizers[slot.optimizer]())
 
 
 def _as_eager(grad: Tensor, param: Tensor) -> Tensor:

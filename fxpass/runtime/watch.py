@@ -57,15 +57,22 @@ class ParameterDiagnosis(NamedTuple):
     weight: str  # "inf" or "nan" if the parameter itself is not finite now
 
 
+@dataclass(frozen=True)
+class Column:
+    """Whose gradient a column of the watch table is about."""
+
+    name: str  # of the parameter, qualified, as the user knows it
+    sampled: int  # elements; 0 where underflow is not counted
+    weight: Callable[[], Tensor | None]  # a weak reference
+
+
 @dataclass
 class Watch:
     """The watch table and the report of one compiled graph."""
 
     table: Tensor
     report: Tensor
-    names: list[str] = field(default_factory=list)  # of the columns in use
-    sizes: list[int] = field(default_factory=list)  # sampled elements; 0 where underflow is not counted
-    weights: list[Callable[[], Tensor | None]] = field(default_factory=list)  # weak references
+    columns: list[Column] = field(default_factory=list)  # those in use
 
     @classmethod
     def make(cls, columns: int, device: torch.device) -> Watch:
@@ -78,10 +85,9 @@ class Watch:
         self.table.zero_()
         self.report.zero_()
 
-    def columns(self) -> Iterator[tuple[str, int, list[float]]]:
-        """Name, size and values of every gradient; reads the device."""
-        values = self.table[:, : len(self.names)].t().tolist()
-        return zip(self.names, self.sizes, values, strict=True)
+    def read(self) -> Iterator[tuple[Column, list[float]]]:
+        """Every gradient with its values; reads the device."""
+        return zip(self.columns, self.table[:, : len(self.columns)].t().tolist(), strict=True)
 
 
 class Summary(NamedTuple):
@@ -95,15 +101,15 @@ class Summary(NamedTuple):
 
 def summary(watches: Sequence[Watch]) -> Summary:
     """Read the device for what ``stats()`` shows."""
-    columns = [column for watch in watches for column in watch.columns()]
-    last = max((values[Row.LAST_STEP] for *_, values in columns), default=0.0)
-    bad = [f"{n}: {kind(v[Row.LAST_VALUE])}" for n, _, v in columns if last and v[Row.LAST_STEP] == last]
+    columns = [column for watch in watches for column in watch.read()]
+    last = max((values[Row.LAST_STEP] for _, values in columns), default=0.0)
+    bad = [f"{c.name}: {kind(v[Row.LAST_VALUE])}" for c, v in columns if last and v[Row.LAST_STEP] == last]
     newest = max(watches, key=lambda watch: float(watch.report[0]), default=None)
-    now = list(newest.columns()) if newest else []
-    elements = sum(size for _, size, _ in now) or 1
-    magnitudes = [v[Row.LARGEST] for *_, v in now]
+    now = list(newest.read()) if newest else []
+    elements = sum(column.sampled for column, _ in now) or 1
+    magnitudes = [v[Row.LARGEST] for _, v in now]
     largest = math.nan if any(map(math.isnan, magnitudes)) else max(magnitudes, default=0.0)
-    tiny, zero = (sum(v[row] for *_, v in now) / elements for row in (Row.TINY, Row.ZERO))
+    tiny, zero = (sum(v[row] for _, v in now) / elements for row in (Row.TINY, Row.ZERO))
     return Summary(tuple(dict.fromkeys(bad)), largest, tiny, zero)
 
 
@@ -165,10 +171,11 @@ def diagnose(watches: Sequence[Watch]) -> Diagnosis:
     """
     found: dict[object, list[ParameterDiagnosis]] = {}
     for watch in watches:
-        for (name, size, values), weight in zip(watch.columns(), watch.weights, strict=True):
-            tensor = weight()
-            of_one = name if tensor is None else (name, id(tensor))  # names repeat from model to model
-            found.setdefault(of_one, []).append(_row(name, size, values, tensor))
+        for column, values in watch.read():
+            tensor = column.weight()
+            # names repeat from model to model
+            of_one = column.name if tensor is None else (column.name, id(tensor))
+            found.setdefault(of_one, []).append(_row(column, values, tensor))
     taken: Counter[str] = Counter()
     rows = []
     for row in map(_merge, found.values()):
@@ -177,11 +184,11 @@ def diagnose(watches: Sequence[Watch]) -> Diagnosis:
     return Diagnosis(sorted(rows, key=lambda row: row.first_step or math.inf))
 
 
-def _row(name: str, size: int, values: list[float], weight: Tensor | None) -> ParameterDiagnosis:
+def _row(column: Column, v: list[float], weight: Tensor | None) -> ParameterDiagnosis:
     state = "" if weight is None else kind(float(weight.detach().abs().amax()))
-    v = values
+    size = column.sampled
     return ParameterDiagnosis(
-        name,
+        column.name,
         int(v[Row.FIRST_STEP]),
         kind(v[Row.FIRST_VALUE]),
         int(v[Row.LAST_STEP]),

@@ -12,10 +12,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from fxpass import MixedPrecision, OptimizerError
 from fxpass.capture.assumptions import check
-from fxpass.capture.optim_state import create_state, fit_state, state_keys, undecorated
+from fxpass.capture.optim_state import create_state, fit_state, state_of, undecorated
+from fxpass.ir.slots import Slot
 from tests.helpers import clone, same
 
-PLACES = [(0, 0), (0, 1)]
+PARAMS = [Slot(0, 0, position, name=name) for position, name in enumerate(("weight", "bias"))]
 
 
 def parameters() -> list[nn.Parameter]:
@@ -41,7 +42,7 @@ class Own(Optimizer):
 @pytest.mark.parametrize("make", [Adam, AdamW, torch.optim.Adagrad, torch.optim.Rprop, torch.optim.Adafactor])
 def test_state_is_as_eager_makes_it(make: Any) -> None:
     ours, theirs = make(parameters()), make(parameters())
-    create_state(ours, PLACES, "here")
+    create_state(ours, PARAMS, "here")
     for p in theirs.param_groups[0]["params"]:
         p.grad = torch.zeros_like(p)
     theirs.step()
@@ -54,7 +55,7 @@ def test_state_is_as_eager_makes_it(make: Any) -> None:
 def test_numbers_become_tensors() -> None:
     opt = Own(parameters())
     before = clone([list(opt.param_groups[0]["params"])])
-    create_state(opt, PLACES, "here")
+    create_state(opt, PARAMS, "here")
     state = opt.state[opt.param_groups[0]["params"][0]]
     assert state["nesterov"] is False
     same([state["count"], state["decay"]], [torch.tensor(0.0).double(), torch.tensor(1.0).double()], "state")
@@ -67,7 +68,7 @@ def test_undo_takes_back_everything(make: Any) -> None:
     opt = make(parameters())
     first = opt.param_groups[0]["params"][0]
     opt.state[first] = {"mine": 1, "momentum_buffer": None}
-    create_state(opt, PLACES, "here")()
+    create_state(opt, PARAMS, "here")()
     assert dict(opt.state) == {first: {"mine": 1, "momentum_buffer": None}}
 
 
@@ -93,14 +94,14 @@ def test_dampened_momentum_is_the_first_gradient_even_if_that_is_zero() -> None:
 
 def test_replaced_state_is_brought_into_form() -> None:
     opt = Own(parameters())
-    create_state(opt, PLACES, "here")
-    keys = state_keys(opt, PLACES)
+    create_state(opt, PARAMS, "here")
+    forms = state_of(opt, PARAMS)
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # casts counts to the parameter's dtype
     first, second = opt.param_groups[0]["params"]
     assert opt.state[first]["count"].dtype is torch.float32
     opt.state[first]["mean"] = torch.ones(2, 3).T
     del opt.state[second]
-    fit_state(opt, PLACES, keys, "here")
+    fit_state(opt, PARAMS, forms, "here")
     assert opt.state[first]["count"].dtype is torch.float64
     assert opt.state[first]["mean"].is_contiguous()
     same(opt.state[first]["mean"], torch.ones(3, 2), "state", exact=True)
@@ -109,11 +110,11 @@ def test_replaced_state_is_brought_into_form() -> None:
 
 def test_loaded_state_of_another_shape() -> None:
     opt = Adam(parameters())
-    create_state(opt, PLACES, "here")
-    keys = state_keys(opt, PLACES)
+    create_state(opt, PARAMS, "here")
+    forms = state_of(opt, PARAMS)
     opt.state[opt.param_groups[0]["params"][0]]["exp_avg"] = torch.zeros(5)
     with pytest.raises(OptimizerError, match=r"exp_avg.*\(5,\)"):
-        fit_state(opt, PLACES, keys, "here")
+        fit_state(opt, PARAMS, forms, "here")
 
 
 def _hooked() -> Optimizer:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxpass import DynamicLossScale, LossScaleError, MixedPrecision
 from fxpass.runtime.report import SLOTS, Reporter, host_values
-from fxpass.runtime.watch import Report
+from fxpass.runtime.watch import Column, Report
 from tests.scaling import slopes, trajectory
 
 INF = float("inf")
@@ -60,18 +60,18 @@ def reporter(patience: int = 3) -> tuple[Reporter, Device]:
     return Reporter(DynamicLossScale(init_scale=8.0, patience=patience), device), device
 
 
-NAMES = ["a", "b"]
+COLUMNS = [Column(name, 0, lambda: None) for name in ("a", "b")]
 
 
 def test_a_late_report_is_told_once_when_it_has_arrived(caplog: pytest.LogCaptureFixture) -> None:
     told, device = reporter()
-    told.step(report(1), NAMES)
-    told.step(report(2, skipped=1, scale=4.0, bad=True), NAMES)
+    told.step(report(1), COLUMNS)
+    told.step(report(2, skipped=1, scale=4.0, bad=True), COLUMNS)
     device.arrive(1)
-    told.step(report(3, skipped=1, scale=4.0), NAMES)
+    told.step(report(3, skipped=1, scale=4.0), COLUMNS)
     assert not caplog.records
     device.arrive(2)
-    told.step(report(4, skipped=1, scale=4.0), NAMES)
+    told.step(report(4, skipped=1, scale=4.0), COLUMNS)
     (record,) = caplog.records
     assert record.name == "fxpass"
     assert record.getMessage() == "step 2 skipped, first non-finite gradient b: inf; loss scale 8 -> 4"
@@ -80,24 +80,24 @@ def test_a_late_report_is_told_once_when_it_has_arrived(caplog: pytest.LogCaptur
 def test_stuck_at_the_minimum_is_raised_some_steps_late() -> None:
     told, device = reporter(patience=2)
     for step in range(1, 4):
-        told.step(report(step, skipped=step, stuck=step, scale=1.0, bad=True), NAMES)
+        told.step(report(step, skipped=step, stuck=step, scale=1.0, bad=True), COLUMNS)
     device.arrive(1)
-    told.step(report(4, skipped=4, stuck=4, scale=1.0, bad=True), NAMES)
+    told.step(report(4, skipped=4, stuck=4, scale=1.0, bad=True), COLUMNS)
     device.arrive(1)
     with pytest.raises(LossScaleError, match=r"2 steps in a row(.|\n)*b: inf"):
-        told.step(report(5, skipped=5, stuck=5, scale=1.0, bad=True), NAMES)
+        told.step(report(5, skipped=5, stuck=5, scale=1.0, bad=True), COLUMNS)
 
 
 def test_more_reports_than_slots_wait_for_nothing_and_lose_no_skip(caplog: pytest.LogCaptureFixture) -> None:
     told, device = reporter(patience=99)
     for step in range(1, SLOTS + 6):
-        told.step(report(step, skipped=step, bad=True), NAMES)
+        told.step(report(step, skipped=step, bad=True), COLUMNS)
     assert len(device.started) == SLOTS
     device.arrive(SLOTS)
-    told.step(report(SLOTS + 6, skipped=SLOTS + 5), NAMES)  # finds all slots taken, and frees them
-    told.step(report(SLOTS + 7, skipped=SLOTS + 5), NAMES)
+    told.step(report(SLOTS + 6, skipped=SLOTS + 5), COLUMNS)  # finds all slots taken, and frees them
+    told.step(report(SLOTS + 7, skipped=SLOTS + 5), COLUMNS)
     device.arrive(1)
-    told.step(report(SLOTS + 8, skipped=SLOTS + 5), NAMES)
+    told.step(report(SLOTS + 8, skipped=SLOTS + 5), COLUMNS)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == SLOTS + 1
     assert messages[-1].startswith(f"5 steps skipped up to step {SLOTS + 7}")
@@ -107,10 +107,10 @@ def test_reports_on_their_way_are_dropped_when_a_checkpoint_is_loaded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     told, device = reporter(patience=1)
-    told.step(report(1, skipped=1, stuck=1, scale=1.0, bad=True), NAMES)
+    told.step(report(1, skipped=1, stuck=1, scale=1.0, bad=True), COLUMNS)
     told.restart(skipped=0, scale=8.0)
     device.arrive(1)
-    told.step(report(1), NAMES)
+    told.step(report(1), COLUMNS)
     assert not caplog.records
 
 
