@@ -138,7 +138,6 @@ def _with_tensor() -> Optimizer:
 @pytest.mark.parametrize(
     ("opt", "message"),
     [
-        (lambda: AdamW(parameters(), fused=True), "fused=True"),
         (lambda: Adam(parameters(), differentiable=True), "differentiable=True"),
         (lambda: Adam([torch.zeros(2, dtype=torch.complex64, requires_grad=True)]), "complex parameter"),
         (lambda: Adam([torch.zeros(2, dtype=torch.float16, requires_grad=True)]), r"torch\.float16"),
