@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -40,6 +41,8 @@ class Storage:
     members: tuple[str, ...]  # the nodes whose values lie in it
     role: str
     phase: str
+    dtype: torch.dtype
+    shape: tuple[Any, ...]  # of the value it was made for
     size: sympy.Expr  # bytes
     birth: int  # index of the node that makes it; inputs: -1
     death: int  # index of the last node that reads it; inputs and outputs: len(nodes)
@@ -55,8 +58,7 @@ class Liveness:
     storages: tuple[Storage, ...]
 
 
-Slot = int  # index of a storage
-Value = Slot | tuple["Value", ...] | None
+Value = int | tuple["Value", ...] | None  # where a value lies: indices of storages
 
 
 @dataclass
@@ -80,17 +82,17 @@ def liveness(step: StepGraph) -> Liveness:
     values: dict[Node, Value] = {}
     for node in step.graph.nodes:
         if node.op == "output":
-            for slot in (s for n in node.all_input_nodes for s in _slots(values.get(n))):
-                found[slot].death = len(nodes)
-                found[slot].users.append(node)
+            for number in (s for n in node.all_input_nodes for s in _numbers(values.get(n))):
+                found[number].death = len(nodes)
+                found[number].users.append(node)
             continue
-        for slot in {s for n in node.all_input_nodes for s in _slots(values.get(n))}:
-            found[slot].death = max(found[slot].death, index[node])
-            found[slot].users.append(node)
+        for number in {s for n in node.all_input_nodes for s in _numbers(values.get(n))}:
+            found[number].death = max(found[number].death, index[node])
+            found[number].users.append(node)
         values[node] = _value(node, values, found, index.get(node, -1), len(nodes))
-        for slot in set(_slots(values[node])):
-            found[slot].members.append(node)
-            found[slot].death = max(found[slot].death, index.get(node, len(nodes)))
+        for number in set(_numbers(values[node])):
+            found[number].members.append(node)
+            found[number].death = max(found[number].death, index.get(node, len(nodes)))
     roles = _Roles(step)
     storages = tuple(
         Storage(
@@ -98,6 +100,8 @@ def liveness(step: StepGraph) -> Liveness:
             tuple(n.name for n in s.members),
             roles.of(s),
             phase(s.node).value,
+            s.tensor.dtype,
+            tuple(s.tensor.shape),
             storage_bytes(s.tensor),
             s.birth,
             s.death,
@@ -108,10 +112,10 @@ def liveness(step: StepGraph) -> Liveness:
     return Liveness(tuple(n.name for n in nodes), tuple(phase(n).value for n in nodes), storages)
 
 
-def _slots(value: Value) -> Iterator[Slot]:
+def _numbers(value: Value) -> Iterator[int]:
     if isinstance(value, tuple):
         for part in value:
-            yield from _slots(part)
+            yield from _numbers(part)
     elif value is not None:
         yield value
 
@@ -127,10 +131,10 @@ def _value(node: Node, values: Mapping[Node, Value], found: list[_Open], birth: 
     shared = view_of(node)
     if shared is not None:
         result = node.meta.get("val")
-        slot = values.get(shared)
-        if isinstance(slot, int) and isinstance(result, (list, tuple)):
-            return (slot,) * len(result)  # split, unbind: all parts lie in one storage
-        return slot
+        number = values.get(shared)
+        if isinstance(number, int) and isinstance(result, (list, tuple)):
+            return (number,) * len(result)  # split, unbind: all parts lie in one storage
+        return number
 
     def new(value: object, name: str) -> Value:
         if isinstance(value, (list, tuple)):

@@ -299,15 +299,13 @@ def graph_profile(step: StepGraph) -> MemoryProfile:
 def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Iterable[LiveTensor]:
     for s in alive.storages:
         node = nodes[s.members[0]]
-        value = node.meta["val"]
-        tensor = value if isinstance(value, Tensor) else value[int(s.name.rpartition("[")[2][:-1])]
         yield LiveTensor(
             step.names.get(node, s.name),
             node.name,
             s.role,
             s.phase,
-            str(tensor.dtype).removeprefix("torch."),
-            "x".join(map(str, tensor.shape)) or "scalar",
+            str(s.dtype).removeprefix("torch."),
+            "x".join(map(str, s.shape)) or "scalar",
             user_line(node),
             s.size,
             0,

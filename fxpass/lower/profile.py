@@ -100,7 +100,7 @@ def program_profile(facts: Facts, main: Program, units: Mapping[str, UnitRun]) -
     return replay.finish(main.estimate)
 
 
-class _Slot:
+class _Storage:
     """A storage while the program runs: how many names hold it."""
 
     __slots__ = ("birth", "block", "count", "death")
@@ -116,13 +116,13 @@ class _Replay:
     def __init__(self, facts: Facts, units: Mapping[str, UnitRun]) -> None:
         self.facts, self.units = facts, units
         self.moments: list[Moment] = []
-        self.slots: list[_Slot] = []
+        self.storages: list[_Storage] = []
         self.scratch: list[LiveTensor] = []
         self.phase = "forward"
 
     def run(self, program: Program, names: Mapping[str, str]) -> None:
         """Replay one program; the storages of its results stay held."""
-        held: dict[str, list[_Slot]] = {}
+        held: dict[str, list[_Storage]] = {}
         fresh: list[Block] = []
         for line in program.lines:
             if isinstance(line, Allocate):
@@ -138,37 +138,37 @@ class _Replay:
             else:
                 self.launch(held, line, [*fresh, *line.results], names)
                 fresh = []
-        for slot in [s for name in program.outputs for s in held.get(name, [])]:
-            slot.count += 1
-        for slots in held.values():
-            self.drop(slots)
+        for storage in [s for name in program.outputs for s in held.get(name, [])]:
+            storage.count += 1
+        for storages in held.values():
+            self.drop(storages)
 
-    def new(self, block: Block, names: Mapping[str, str]) -> _Slot:
-        slot = _Slot(replace(block, node=names.get(block.node, block.node)), len(self.moments))
-        self.slots.append(slot)
-        return slot
+    def new(self, block: Block, names: Mapping[str, str]) -> _Storage:
+        storage = _Storage(replace(block, node=names.get(block.node, block.node)), len(self.moments))
+        self.storages.append(storage)
+        return storage
 
-    def hold(self, held: dict[str, list[_Slot]], name: str, slots: list[_Slot]) -> None:
-        for slot in slots:
-            slot.count += 1
+    def hold(self, held: dict[str, list[_Storage]], name: str, storages: list[_Storage]) -> None:
+        for storage in storages:
+            storage.count += 1
         self.drop(held.pop(name, []))
-        held[name] = slots
+        held[name] = storages
 
-    def drop(self, slots: list[_Slot]) -> None:
-        for slot in slots:
-            slot.count -= 1
-            if slot.count == 0:
-                slot.death = max(slot.birth, len(self.moments) - 1)
+    def drop(self, storages: list[_Storage]) -> None:
+        for storage in storages:
+            storage.count -= 1
+            if storage.count == 0:
+                storage.death = max(storage.birth, len(self.moments) - 1)
 
-    def alias(self, held: dict[str, list[_Slot]], line: Alias) -> None:
-        slots = held.get(line.old, [])
-        own = [s for s in slots if s.block.name == line.new]
-        self.hold(held, line.new, own or slots)
+    def alias(self, held: dict[str, list[_Storage]], line: Alias) -> None:
+        storages = held.get(line.old, [])
+        own = [s for s in storages if s.block.name == line.new]
+        self.hold(held, line.new, own or storages)
         if line.frees_old:
             self.drop(held.pop(line.old, []))
 
     def launch(
-        self, held: dict[str, list[_Slot]], line: Launch, made: list[Block], names: Mapping[str, str]
+        self, held: dict[str, list[_Storage]], line: Launch, made: list[Block], names: Mapping[str, str]
     ) -> None:
         index = len(self.moments)
         nodes = [names.get(n, n) for n in (line.node, *(b.node for b in made)) if n]
@@ -188,17 +188,17 @@ class _Replay:
     def finish(self, estimate: int) -> MemoryProfile:
         facts, end = self.facts, len(self.moments)
         inputs = [replace(t, death=end) for t in facts.inputs]
-        found = [*inputs, *(self.tensor(slot, end) for slot in self.slots), *self.scratch]
+        found = [*inputs, *(self.tensor(storage, end) for storage in self.storages), *self.scratch]
         values, sources = facts.symbols.values, facts.symbols.sources
         tensors, unsized = sized(found, values, facts.symbols.resolve)
         return MemoryProfile(
             tuple(self.moments), tensors, facts.parameters, values, sources, estimate, unsized
         )
 
-    def tensor(self, slot: _Slot, end: int) -> LiveTensor:
-        facts, block = self.facts, slot.block
-        birth = min(slot.birth, end - 1)
-        death = end if slot.death is None else slot.death
+    def tensor(self, storage: _Storage, end: int) -> LiveTensor:
+        facts, block = self.facts, storage.block
+        birth = min(storage.birth, end - 1)
+        death = end if storage.death is None else storage.death
         size = block.size
         if facts.rounding > 1:
             size = sympy.ceiling(size / facts.rounding) * facts.rounding
@@ -206,7 +206,7 @@ class _Replay:
         return LiveTensor(
             block.node or block.name,
             block.node,
-            self.role(slot, born, death),
+            self.role(storage, born, death),
             born,
             block.dtype,
             block.shape,
@@ -217,9 +217,9 @@ class _Replay:
             death,
         )
 
-    def role(self, slot: _Slot, born: str, death: int) -> str:
+    def role(self, storage: _Storage, born: str, death: int) -> str:
         """The role of the node it is the value of, corrected by when the program really drops it."""
-        role = self.facts.roles.get(slot.block.node, "temporary")
+        role = self.facts.roles.get(storage.block.node, "temporary")
         if death >= len(self.moments):
             return "output"
         if role in ("temporary", "saved activation"):
