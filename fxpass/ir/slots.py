@@ -71,18 +71,14 @@ class Slot:
     @property
     def path(self) -> str:
         """The Python expression for it, for messages: ``param_groups[0]['betas'][1]``."""
-        item = "" if self.item is None else f"[{self.item}]"
-        if self.group is None:
-            return f"self.{self.key}{item}"
-        if self.position is None:
-            return f"param_groups[{self.group}][{self.key!r}]{item}"
-        return self.name if self.key is None else f"state[{self.name}][{self.key!r}]"
+        return self._text("self.{key}", "param_groups[{group}][{key!r}]", "state[{name}][{key!r}]")
 
     def __str__(self) -> str:
         """What lists of inputs call it: ``layer.weight``, ``exp_avg[layer.weight]``, ``lr[0]``."""
+        return self._text("{key}", "{key}[{group}]", "{key}[{name}]")
+
+    def _text(self, attribute: str, setting: str, state: str) -> str:
+        if self.position is not None:
+            return self.name if self.key is None else state.format_map(vars(self))
         item = "" if self.item is None else f"[{self.item}]"
-        if self.group is None:
-            return f"{self.key}{item}"
-        if self.position is None:
-            return f"{self.key}[{self.group}]{item}"
-        return self.name if self.key is None else f"{self.key}[{self.name}]"
+        return (attribute if self.group is None else setting).format_map(vars(self)) + item
