@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch.fx import Node
 
 from ..analysis.updates import follows_gradient, marks_behind, update_groups
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, source
+from ..ir.graph import Phase, StepGraph, Update, source
 from ..ir.marks import GRAD, READ
 from .base import GraphPass
 
@@ -64,15 +65,16 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
     last, checked = step.found_inf[max(step.found_inf)], set(step.checked)
     read = {write: marks_behind({source(write, 1)}, GRAD, guarded=True) for write in statistics}
     checks = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
-    updates = {step.slots[update.slot]: update for update in step.updates}
+    updates: dict[Node, list[Update]] = defaultdict(list)
+    for update in step.updates:
+        updates[step.slots[update.slot]].append(update)
     for group in update_groups(step):
-        own = [updates[old] for write in group.writes if (old := source(write)) in updates]
-        if not own:
-            continue  # the user's own writes
-        values = _checks(step, group.body)
-        found = _verdict(edit, values) if values else step.found_inf[own[0].event]
-        for mark in (update.mark for update in own):
-            _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
+        own = [update for write in group.writes for update in updates[source(write)]]
+        for event in dict.fromkeys(update.event for update in own):  # none: the user's own writes
+            values = _checks(step, group.body, event=event)
+            found = _verdict(edit, values) if values else step.found_inf[event]
+            for mark in (update.mark for update in own if update.event == event):
+                _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
     for write in statistics:  # of gradients that no optimizer reads nothing is known but what they led to
         known = checked.issuperset(read[write])
         found = _verdict(edit, checks[write]) if known else last
@@ -89,12 +91,17 @@ def _keep(edit: Editor, node: Node, index: int, found: Node, old: Node, reason: 
     edit.set_arg(node, index, kept)
 
 
-def _checks(step: StepGraph, nodes: set[Node], *, guarded: bool = False) -> list[Node]:
-    """What decides about the gradients behind ``nodes``: as optimizers read them."""
+def _checks(
+    step: StepGraph, nodes: set[Node], *, guarded: bool = False, event: int | None = None
+) -> list[Node]:
+    """What decides about the gradients behind ``nodes``: as optimizers read them, or that ``event`` alone."""
     reads = set(marks_behind(nodes, READ, guarded=guarded))
     others = set(marks_behind(nodes, GRAD, guarded=guarded))
     others.difference_update(*(step.sources[read] for read in reads))
     behind = [r for r, marks in step.sources.items() if r in reads or not marks.isdisjoint(others)]
+    if event is not None:
+        own = {read.mark for read in step.reads if read.event == event}
+        behind = [read for read in behind if read in own]
     return list(dict.fromkeys(value for read in behind for value in step.deciding[read]))
 
 

@@ -154,3 +154,28 @@ def test_per_tensor_a_tied_parameter_is_one() -> None:
     assert torch.equal(model.weight, before)
     step(torch.randn(2, 4), torch.tensor(1.0))
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_per_tensor_an_optimizer_that_steps_twice_has_two_verdicts(codegen: str) -> None:
+    """Each update is kept by the gradient it reads: eager, told which of them to leave out, is the same."""
+    ours, theirs = ([nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    opts = [torch.optim.SGD(params, lr=0.1, momentum=0.5) for params in (ours, theirs)]
+    mp = MixedPrecision(skip="tensor", codegen=codegen, loss_scale=8.0)
+
+    @torch.compile(backend=mp)
+    def step(slopes: Tensor) -> None:
+        for slope in slopes:
+            (ours[0].sum() + (ours[1] * slope).sum()).backward()
+            opts[0].step()
+            opts[0].zero_grad()
+
+    for slopes in ((1.0, 1.0), (INF, 1.0), (1.0, INF), (INF, INF)):
+        step(torch.tensor(slopes))
+        for slope in slopes:
+            theirs[0].grad = torch.ones(3)
+            theirs[1].grad = None if slope == INF else torch.full((3,), slope)
+            opts[1].step()
+    same(ours, theirs, "parameters")
+    assert mp.stats().steps == 4
+    assert mp.stats().skipped == 3
