@@ -53,9 +53,6 @@ class CheckFinite(GraphPass):
         for mark in step.marks(GRAD):
             if mark in read_by_any and tensor(mark).numel() != 0:
                 self._reduce(step, edit, mark)
-        if not step.largest:
-            edit.decline("no gradient reaches an optimizer")
-            return
         step.checked = sorted(step.largest, key=born.__getitem__)
         self._decide(step, edit)
 
@@ -64,8 +61,9 @@ class CheckFinite(GraphPass):
         stored: dict[Node, list[Node]] = {}
         edited: dict[Node, list[Node]] = {}
         suspects = _Suspects(step, edit)
+        order = {mark: number for number, mark in enumerate(step.largest)}
         for read, marks in step.sources.items():
-            ordered = [mark for mark in step.gradients if mark in marks and mark in step.largest]
+            ordered = sorted(marks & order.keys(), key=order.__getitem__)
             if _is_edited(read):
                 stored[read] = [value for mark in ordered if (value := suspects.of(mark)) is not None]
                 edited[read] = [_largest(edit, read)]
@@ -81,8 +79,9 @@ class CheckFinite(GraphPass):
             values += [value for read in reads if event_of[read] <= event for value in edited.get(read, [])]
             values = list(dict.fromkeys(values))
             if tuple(values) not in verdicts:
-                with edit.after(edit.last(values)):
-                    verdicts[tuple(values)] = _any_non_finite(edit, values)
+                # without a value: gradients without elements, before any other
+                with edit.after(edit.last(values or [r.mark for r in step.reads if r.event == event])):
+                    verdicts[tuple(values)] = _any_non_finite(step, edit, values)
             step.found_inf[event] = verdicts[tuple(values)]
 
     def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> None:
@@ -215,8 +214,12 @@ def _born(step: StepGraph) -> dict[Node, int]:
     return born
 
 
-def _any_non_finite(edit: Editor, values: list[Node]) -> Node:
+def _any_non_finite(step: StepGraph, edit: Editor, values: list[Node]) -> Node:
     reason = "one verdict for the whole step"
+    if not values:
+        device = tensor(step.reads[0].mark).device
+        kind: dict[str, Any] = {"dtype": torch.bool, "device": device}
+        return edit.call(aten.full.default, [], False, when=Phase.CHECK, reason=reason, **kind)
     if len({tensor(v).dtype for v in values}) > 1:
         values = [edit.cast(v, torch.float64, when=Phase.CHECK, reason=reason) for v in values]
     stacked = edit.call(aten.stack.default, values, when=Phase.CHECK, reason=reason)

@@ -27,8 +27,8 @@ class Diagnose(GraphPass):
     name: ClassVar[str] = "diagnose"
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        if not step.found_inf or WATCH not in step.scaler:
-            edit.decline("no finite check to act on")
+        if not step.checked or WATCH not in step.scaler:
+            edit.decline("no gradient was checked")
             return
         scaler = set(step.scaler.values())
         writes = (n for n in step.graph.nodes if n.target is aten.copy_.default and n.args[0] in scaler)

@@ -46,7 +46,7 @@ class UpdateScale(GraphPass):
             _count(out, found)
             if isinstance(self.loss_scale, DynamicLossScale):
                 _move_dynamic(out, found, self.loss_scale)
-            elif isinstance(self.loss_scale, HeadroomLossScale):
+            elif isinstance(self.loss_scale, HeadroomLossScale) and step.checked:
                 _move_headroom(out, found, self.loss_scale, torch.finfo(self.dtype).max)
             out.flush()
 

@@ -110,7 +110,7 @@ class CompiledStep:
         self._place_grads(results[self.outputs :])
         for binding in self.extras.bindings:
             _torch.note_step(binding.optimizer())
-        if (watch := self.extras.watch) is not None:
+        if (watch := self.extras.watch) is not None and watch.columns:  # else no pass writes a report
             self.reporter.step(watch.report, watch.columns)
         return results[: self.outputs]
 

@@ -87,3 +87,24 @@ def test_the_parameter_is_named() -> None:
     (entry,) = run(slope)[1].stats().nonfinite
     assert "weight" in entry
     assert entry.endswith(": nan")
+
+
+@pytest.mark.parametrize("loss_scale", ["dynamic", "headroom"])
+@pytest.mark.parametrize("others", [True, False])
+def test_gradients_without_elements_are_finite(others: bool, loss_scale: str) -> None:
+    """Also where an optimizer has no others, before the first gradient that has elements."""
+    empty, weight = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.ones(4))
+    opts = [torch.optim.SGD([p], lr=0.5) for p in (empty, weight)]
+    mp = MixedPrecision(codegen="eager", loss_scale=loss_scale)
+
+    @torch.compile(backend=mp)
+    def step() -> None:
+        for param, opt in list(zip((empty, weight), opts, strict=True))[: 1 + others]:
+            param.sum().backward()
+            opt.step()
+            opt.zero_grad()
+
+    for _ in range(2):
+        step()
+    assert mp.stats()[:2] == (2, 0)
+    assert torch.equal(weight, torch.full((4,), 0.0 if others else 1.0))
