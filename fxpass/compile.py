@@ -148,6 +148,7 @@ class _Compilation:
             extras,
             {event.number: event.optimizer for event in events},
             self.captured.outputs,
+            sorted(self.captured.numbers),
             self.captured.kept,
             self._cleared(),
             self.options.grads == "drop",

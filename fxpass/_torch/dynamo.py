@@ -29,10 +29,13 @@ from unittest import mock
 
 import torch
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import convert_frame, output_graph, side_effects
-from torch._dynamo.variables import builder, functions, optimizer, tensor
+from torch._dynamo import convert_frame, output_graph, side_effects, symbolic_convert
+from torch._dynamo.exc import UserError
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.marks import GRAD, MARK, SEED
@@ -53,12 +56,15 @@ from .eager import watch_backward
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .record import FrameRecord, LeafGrad
+from .once import once_hook
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
+from . import telling, texts
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
     "trace_autograd_ops": True,
     "allow_rnn": True,
+    "capture_scalar_outputs": True,  # .item(): a number for later
     "allow_unspec_int_on_nn_module": True,  # a counter of a module that changes is no constant
     "skip_nnmodule_hook_guards": False,  # hooks that come later are seen
 }
@@ -86,7 +92,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         local.record = record
         try:
             with _patches(), _limits(args[0]):
-                result = original(*args, **kwargs)
+                result = _numbers_first(record, original, *args, **kwargs)
             _trains[args[0]] = bool(record.events)
             return result
         except Exception as error:
@@ -102,6 +108,18 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
     vars(_compile)["_fxpass"] = True
     return _compile
+
+
+def _numbers_first(record: FrameRecord, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Try with ``.item()`` as a symbolic number; where Python has to know it, break the graph there."""
+    try:
+        return original(*args, **kwargs)
+    except (UserError, GuardOnDataDependentSymNode):
+        if record.error is not None:
+            raise
+    quietly = mock.patch.object(tensor.TensorVariable, "_warn_capture_scalar_outputs", lambda: None)
+    with dynamo_config.patch(capture_scalar_outputs=False), quietly:
+        return original(*args, **kwargs)
 
 
 def _limits(code: CodeType) -> contextlib.AbstractContextManager[Any]:
@@ -156,8 +174,17 @@ def _patches() -> Iterator[None]:
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
         patch(builder, "get_static_address_type", lambda _: None)
-        replay = side_effects.SideEffects.codegen_update_mutated
-        patch(side_effects.SideEffects, "codegen_update_mutated", codegen_hook(replay))
+        effects = side_effects.SideEffects
+        patch(effects, "codegen_update_mutated", codegen_hook(effects.codegen_update_mutated))
+        patch(effects, "codegen_hooks", telling.codegen_hook(effects.codegen_hooks))
+        patch(effects, "is_empty", telling.empty_hook(effects.is_empty))
+        patch(effects, "prune_dead_object_new", telling.prune_hook(effects.prune_dead_object_new))
+        patch(builtin.BuiltinVariable, "call_function", texts.builtin_hook(builtin.BuiltinVariable.call_function))
+        cached = functions.WrapperUserFunctionVariable
+        patch(cached, "call_function", once_hook(cached.call_function))
+        tx = symbolic_convert.InstructionTranslatorBase
+        patch(tx, "call_function", texts.call_hook(tx.call_function))
+        patch(tensor.TensorVariable, "method_tolist", texts.tolist_hook(tensor.TensorVariable.method_tolist))
         reasons = convert_frame.get_and_maybe_log_recompilation_reasons
         patch(convert_frame, "get_and_maybe_log_recompilation_reasons", _reason_hook(reasons))
         patch(
@@ -264,6 +291,9 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(value, torch.amp.GradScaler):
             hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
             raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
+        if telling.is_talk(value) and self.source is not None:
+            self.install_guards(GuardBuilder.ID_MATCH)
+            return telling.Talker(value, source=self.source)
         if type(value) in (list, deque):
             return wrap_growing(self, value)
         if isinstance(value, torch.nn.Module):

@@ -27,6 +27,7 @@ from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .events import Event
 from .numbers import as_tensor, spell_out_numbers
+from .readings import read_afterwards
 from .renorm import spell_out_renorm
 from .writes import UPDATES, hide_writes
 
@@ -46,6 +47,7 @@ class Captured:
     outputs: int = 0
     # output that is a gradient, the placeholder of the .grad before
     handed_over: list[tuple[int, str | None]] = field(default_factory=list)
+    numbers: set[int] = field(default_factory=set)  # outputs that the caller gets as Python numbers
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
 
 
@@ -82,6 +84,7 @@ def capture(
         elif node.target is torch.autograd.grad:
             node.target = _torch.grad_with_forward_links
     _finish_outputs(graph, record, captured, by_name, keep_grads)
+    captured.numbers = read_afterwards(graph)
     _annotate_autocast(graph)
     spell_out_casts(graph)
     spell_out_renorm(graph)

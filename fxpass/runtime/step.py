@@ -98,6 +98,7 @@ class CompiledStep:
     extras: Extras
     optimizers: Mapping[int, Callable[[], Optimizer]]  # by their number in slots
     outputs: int
+    numbers: list[int]  # outputs that the caller gets as Python numbers
     kept: list[Slot]  # parameters whose .grad receives the outputs after the first `outputs`
     cleared: list[Slot]  # parameters whose .grad becomes None
     drop_grads: bool
@@ -112,7 +113,10 @@ class CompiledStep:
             _torch.note_step(binding.optimizer())
         if (watch := self.extras.watch) is not None and watch.columns:  # else no pass writes a report
             self.reporter.step(watch.report, watch.columns)
-        return results[: self.outputs]
+        outputs = list(results[: self.outputs])
+        for index in self.numbers:
+            outputs[index] = outputs[index].item()
+        return outputs
 
     def _place_grads(self, grads: Sequence[Tensor]) -> None:
         for slot, grad in zip(self.kept, grads, strict=True):

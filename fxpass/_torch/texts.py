@@ -1,0 +1,138 @@
+"""Text and numbers made of values that are known only when the graph has run.
+
+Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches. Dynamo
+follows arithmetic on ``loss.item()`` and keeps f-strings of it for later. What it does not
+follow (``"%.3f" % loss``, ``str(loss)``, ``math.exp(loss.item())``) becomes a call for later here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import pprint
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.variables import lazy, misc
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.lists import BaseListVariable
+from torch._dynamo.variables.misc import StringFormatVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from .telling import Bar, Later, as_now, call_later
+
+_TO_TEXT: tuple[Any, ...] = (str, repr, ascii, format)
+_DUMPS: tuple[Any, ...] = (json.dumps, json.dump, pprint.pprint, pprint.pformat, pprint.pp)
+_INSPECTING: tuple[Any, ...] = (isinstance, type, callable, hasattr, getattr, setattr, id, iter, next, super)
+
+
+def builtin_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``BuiltinVariable.call_function``: operators and builtin functions."""
+
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        args = [_real(a).iterated(tx) if isinstance(_real(a), Bar) else a for a in args]
+        made = _builtin_later(tx, self.fn, list(args), kwargs)
+        return original(self, tx, args, kwargs) if made is None else made
+
+    return call_function
+
+
+def _builtin_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if fn is str.format and args and args[0].is_python_constant() and any(map(_is_late, [*args[1:], *kwargs.values()])):
+        keywords = {k: as_now(tx, v) for k, v in kwargs.items()}
+        return StringFormatVariable.create(
+            args[0].as_python_constant(), [as_now(tx, a) for a in args[1:]], keywords
+        )
+    if fn in _TO_TEXT and args and _is_late(args[0]):
+        return _text(call_later(tx, fn, args, kwargs))
+    if fn in (operator.mod, operator.imod) and _is_text(args[0]) and any(map(_is_late, args)):
+        return _text(call_later(tx, fn, args, kwargs))
+    if fn in (operator.add, operator.iadd, operator.mul, operator.imul) and any(
+        isinstance(_real(a), StringFormatVariable) for a in args
+    ):
+        return _text(call_later(tx, fn, args, kwargs))
+    if fn not in _INSPECTING and any(isinstance(_real(a), Later) for a in args):
+        return call_later(tx, fn, args, kwargs)
+    return None
+
+
+def call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``InstructionTranslatorBase.call_function``: every call that is written as one."""
+
+    def call_function(self: Any, fn: Any, args: Any, kwargs: Any) -> None:
+        made = _called_later(self, fn, args, kwargs)
+        if made is None:
+            original(self, fn, args, kwargs)
+        else:
+            self.push(made)
+
+    return call_function
+
+
+def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    given = [*args, *kwargs.values()]
+    if isinstance(fn, misc.GetAttrVariable) and _is_text(fn.obj):
+        known = _real(fn.obj).is_python_constant()
+        if (not known or any(map(_is_late, given))) and not (known and fn.name == "format"):
+            return _text(call_later(tx, fn.obj, args, kwargs, method=fn.name))
+        return None
+    function = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    if function in _DUMPS and any(map(_is_late, given)):
+        later = call_later(tx, function, args, kwargs, tells=function in (json.dump, pprint.pprint, pprint.pp))
+        return _text(later) if function in (json.dumps, pprint.pformat) else later
+    of_math = getattr(function, "__module__", "") == "math" and callable(function)
+    if of_math and not hasattr(torch, f"_sym_{function.__name__}") and any(map(_is_late_number, given)):
+        return call_later(tx, function, args, kwargs)
+    if of_math and any(isinstance(_real(a), Later) for a in given):
+        return call_later(tx, function, args, kwargs)
+    return None
+
+
+def tolist_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``tensor.tolist()`` of floats, which are no sizes: a list for later."""
+
+    def method_tolist(self: Any, tx: Any) -> Any:
+        if self.dtype is not None and self.dtype.is_floating_point:
+            return call_later(tx, as_now(tx, self), [], {}, method="tolist")
+        return original(self, tx)
+
+    return method_tolist
+
+
+def _text(later: Later) -> Any:
+    return StringFormatVariable.create("{}", [later], {})
+
+
+def _real(variable: Any) -> Any:
+    """The variable behind a lazy one that somebody has looked at."""
+    if isinstance(variable, lazy.LazyVariableTracker) and variable.is_realized():
+        return variable.unwrap()
+    return variable
+
+
+def _is_text(variable: Any) -> bool:
+    variable = _real(variable)
+    constant = isinstance(variable, ConstantVariable) and isinstance(variable.value, str)
+    return constant or isinstance(variable, StringFormatVariable)
+
+
+def _is_late_number(variable: Any) -> bool:
+    variable = _real(variable)
+    symbolic = isinstance(variable, SymNodeVariable) and free_unbacked_symbols(variable.sym_num)
+    return bool(symbolic) or isinstance(variable, Later)
+
+
+def _is_late(variable: Any) -> bool:
+    """Whether ``variable``, or something in it, is known only when the graph has run."""
+    if isinstance(variable, lazy.LazyVariableTracker) and not variable.is_realized():
+        return isinstance(variable.peek_value(), (torch.Tensor, lazy.LazySymNodeFormatString))
+    variable = _real(variable)
+    if isinstance(variable, BaseListVariable):
+        return any(map(_is_late, variable.items))
+    if isinstance(variable, ConstDictVariable):
+        return any(map(_is_late, variable.items.values()))
+    return isinstance(variable, (Later, StringFormatVariable, SymNodeVariable, TensorVariable))
