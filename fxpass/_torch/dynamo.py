@@ -58,6 +58,7 @@ from .handles import readable_name
 from .record import FrameRecord, LeafGrad
 from .once import once_hook
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
+from .setup import inline_hook
 from . import telling, texts
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
@@ -182,6 +183,8 @@ def _patches() -> Iterator[None]:
         patch(builtin.BuiltinVariable, "call_function", texts.builtin_hook(builtin.BuiltinVariable.call_function))
         cached = functions.WrapperUserFunctionVariable
         patch(cached, "call_function", once_hook(cached.call_function))
+        inlining = symbolic_convert.InliningInstructionTranslator
+        patch(inlining, "inline_call", classmethod(inline_hook(inlining.inline_call)))
         tx = symbolic_convert.InstructionTranslatorBase
         patch(tx, "call_function", texts.call_hook(tx.call_function))
         patch(tensor.TensorVariable, "method_tolist", texts.tolist_hook(tensor.TensorVariable.method_tolist))

@@ -63,6 +63,8 @@ def _params(self: Any, tx: Any) -> Iterator[tuple[Slot, torch.Tensor, Any]]:
         params = DictGetItemSource(GetItemSource(groups, g), "params")
         install_guard(params.make_guard(GuardBuilder.SEQUENCE_LENGTH))
         for p, param in enumerate(group["params"]):
+            if torch.nn.parameter.is_lazy(param):
+                continue  # no tensor yet: the model makes one of it when it is called
             # realized: side effects are kept by variable, and a lazy one is another object
             variable = VariableTracker.build(tx, param, GetItemSource(params, p)).realize()
             record_of_frame().real[input_proxy(variable).node.name] = param

@@ -30,7 +30,7 @@ def once_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, tx, args, kwargs)
         positional = [a.as_python_constant() for a in args]
         result = cached(*positional, **{k: v.as_python_constant() for k, v in kwargs.items()})
-        if isinstance(result, _PLAIN):
+        if isinstance(result, (*_PLAIN, type)):
             return VariableTracker.build(tx, result)
         told = record_of_frame().told
         known = len(told)

@@ -75,6 +75,7 @@ class FrameRecord:
     real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
     traversed: set[Any] = field(default_factory=set)  # nodes of autograd that a backward() went through
     toggled: dict[Any, Any] = field(default_factory=dict)  # variable of a parameter -> its graph input
+    set_up: list[Any] = field(default_factory=list)  # calls made while tracing
     told: list[Any] = field(default_factory=list)  # calls to make when the graph has run, in order
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
@@ -92,4 +93,5 @@ class FrameRecord:
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""
         kept = FrameRecord(self.backend, self.code, self.limit, self.recompile_reason, error=self.error)
+        kept.set_up = self.set_up
         vars(self).update(vars(kept))
