@@ -90,8 +90,12 @@ class MixedPrecision(Options):
         return compile_frame(self, self._state, gm, inputs, mode)
 
     def note_break(self, record: _torch.FrameRecord) -> None:
-        """Dynamo broke the graph of a frame: remembered for the error that may follow."""
-        self._state.last_break = (record.break_reason, record.break_where)
+        """Dynamo broke the graph of a frame: remembered for the error that may follow.
+
+        Raises:
+            CaptureError: the frame trains, and Dynamo has given it up.
+        """
+        self._state.note_break(record)
 
     def refuse_eager(self, where: str) -> None:
         """Raise: a backward is about to run uncompiled under this backend.

@@ -20,6 +20,7 @@ from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .analysis.modules import check_patterns
 from .capture import assumptions, checks, optim_state
+from .capture.breaks import Break, given_up
 from .capture.events import Event, events_of
 from .capture.step import capture, to_step
 from .errors import CaptureError
@@ -45,11 +46,23 @@ class StepState:
     scaler: ScalerState
     graphs: list[GraphRecord] = field(default_factory=list)
     watches: list[Watch] = field(default_factory=list)  # one per graph that trains
-    last_break: tuple[str, str] | None = None  # reason and user line of the last graph break
+    last_break: Break | None = None  # the last graph break
     compilations: checks.Compilations = field(default_factory=checks.Compilations)
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.scaler.loss_scale)
+
+    def note_break(self, record: _torch.FrameRecord) -> None:
+        """Dynamo broke the graph of a frame: remembered for the error that may follow.
+
+        Raises:
+            CaptureError: the frame trains, and is given up.
+        """
+        if not record.break_reason:
+            return
+        self.last_break = Break(record.break_reason, record.break_where, record.break_inside)
+        if record.given_up and record.backwards:
+            raise given_up(record)
 
     def uncompiled(self, where: str) -> CaptureError:
         """The error for a backward at ``where`` that is about to run uncompiled."""

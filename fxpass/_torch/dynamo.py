@@ -39,10 +39,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.marks import GRAD, MARK, SEED
+from . import debugging, telling, texts
 from .dynamo_common import (
     call,
     current_record,
     fail,
+    inside,
     is_none,
     local,
     no_grad,
@@ -55,11 +57,10 @@ from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, opti
 from .eager import watch_backward
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
-from .record import FrameRecord, LeafGrad
 from .once import once_hook
+from .record import FrameRecord, LeafGrad
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
 from .setup import inline_hook
-from . import telling, texts
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
@@ -104,7 +105,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ours.with_traceback(None) from None
         finally:
             local.record = outer
-            if record.break_reason:
+            if record.error is None:
                 backend.note_break(record)
 
     vars(_compile)["_fxpass"] = True
@@ -118,7 +119,7 @@ def _numbers_first(record: FrameRecord, original: Callable[..., Any], *args: Any
     except (UserError, GuardOnDataDependentSymNode):
         if record.error is not None:
             raise
-    quietly = mock.patch.object(tensor.TensorVariable, "_warn_capture_scalar_outputs", lambda: None)
+    quietly = mock.patch.object(tensor.TensorVariable, "_warn_capture_scalar_outputs", return_value=None)
     with dynamo_config.patch(capture_scalar_outputs=False), quietly:
         return original(*args, **kwargs)
 
@@ -150,6 +151,8 @@ def _note_failure(record: FrameRecord, error: Exception) -> None:
     """Dynamo gave the frame up, in a loop for instance: it runs uncompiled, the functions it calls do not."""
     if not record.break_reason and (stack := getattr(error, "real_stack", None)):
         record.break_reason, record.break_where = _what_broke(str(error)), user_line(stack)
+        record.break_inside = inside(stack, record.code)
+    record.given_up = True
 
 
 def _fxpass_cause(error: BaseException) -> FxpassError | None:
@@ -180,7 +183,11 @@ def _patches() -> Iterator[None]:
         patch(effects, "codegen_hooks", telling.codegen_hook(effects.codegen_hooks))
         patch(effects, "is_empty", telling.empty_hook(effects.is_empty))
         patch(effects, "prune_dead_object_new", telling.prune_hook(effects.prune_dead_object_new))
-        patch(builtin.BuiltinVariable, "call_function", texts.builtin_hook(builtin.BuiltinVariable.call_function))
+        patch(
+            builtin.BuiltinVariable,
+            "call_function",
+            texts.builtin_hook(builtin.BuiltinVariable.call_function),
+        )
         cached = functions.WrapperUserFunctionVariable
         patch(cached, "call_function", once_hook(cached.call_function))
         inlining = symbolic_convert.InliningInstructionTranslator
@@ -253,6 +260,8 @@ def _backward(
 ) -> Any:
     """``loss.backward()`` as ``autograd.grad`` over the frame's leaves, gradients added to ``.grad``."""
     record = record_of_frame()
+    if torch.is_anomaly_enabled():
+        raise fail(debugging.anomaly(user_line()))
     if retain_graph is not None and is_none(retain_graph):
         retain_graph = None
     if create_graph is not None and create_graph.is_python_constant() and create_graph.as_python_constant():
@@ -294,6 +303,9 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(value, torch.amp.GradScaler):
             hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
             raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
+        if self.source is not None and any(value is known for known in debugging.KNOWN):
+            self.install_guards(GuardBuilder.ID_MATCH)
+            return debugging.Debugging(value, source=self.source)
         if telling.is_talk(value) and self.source is not None:
             self.install_guards(GuardBuilder.ID_MATCH)
             return telling.Talker(value, source=self.source)
@@ -334,6 +346,7 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(reason, "graph_break", True) and reason.user_stack:
             record.break_reason = _what_broke(str(reason.reason))
             record.break_where = user_line(reason.user_stack)
+            record.break_inside = inside(reason.user_stack, record.code)
         _take_over_grads(self.side_effects, record)
         return original(self, tx, reason, *args, **kwargs)
 

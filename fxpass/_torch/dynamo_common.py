@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sysconfig
 import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -41,21 +44,45 @@ def fail(error: FxpassError) -> FxpassError:
     return error
 
 
-_LIBRARIES = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+_OWN = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+_INSTALLED = {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
 def is_users(filename: str) -> bool:
     """Whether code of this file is neither torch's nor ours."""
-    return not filename.startswith(_LIBRARIES)
+    return not filename.startswith(_OWN)
 
 
 def user_line(stack: traceback.StackSummary | None = None) -> str:
-    """``file:line in function: code`` of the innermost frame of the user's code."""
+    """``file:line in function: code`` of the user's innermost frame, then of the library's below it."""
     frames = list(TracingContext.extract_stack() if stack is None else stack)
     theirs = [f for f in frames if is_users(f.filename)]
     if not (theirs or frames):
         return "unknown"
-    frame = (theirs or frames)[-1]
+    last = (theirs or frames)[-1]
+    own = [f for f in theirs if not _is_installed(f.filename)]
+    if not own or own[-1] is last:
+        return _line(last)
+    return f"{_line(own[-1])} (in {_line(last)})"
+
+
+def inside(stack: traceback.StackSummary, code: CodeType | None) -> bool:
+    """Whether the innermost line of the user's is in a function that ``code`` calls."""
+    theirs = [f for f in stack if is_users(f.filename)]
+    return bool(theirs) and code is not None and theirs[-1].name not in _names(code)
+
+
+def _names(code: CodeType) -> tuple[str, str]:
+    """The function's name, and behind the prefix of a part of it that Dynamo has made."""
+    name = code.co_name
+    return name, re.sub(r"^torch_dynamo_resume_in_(.*)_at_\d+$", r"\1", name)
+
+
+def _is_installed(filename: str) -> bool:
+    return filename.startswith(tuple(_INSTALLED)) or f"{os.sep}site-packages{os.sep}" in filename
+
+
+def _line(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
 
 

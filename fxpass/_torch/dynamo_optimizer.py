@@ -15,7 +15,7 @@ from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
 from torch._dynamo.variables import misc, user_defined
 from torch._dynamo.variables.constant import ConstantVariable
 
-from ..errors import OptimizerError
+from ..errors import CaptureError, OptimizerError
 from ..ir.marks import MARK, READ
 from ..ir.slots import Slot
 from .dynamo_common import (
@@ -41,17 +41,29 @@ def optimizer_step(index: int, params: list[Any], grads: list[Any], dynamic: lis
 
 
 def optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
+    if name not in ("step", "zero_grad"):
+        _refuse_settled()
     if name in ("step", "zero_grad"):
         return misc.GetAttrVariable(self, name, source=self.source and AttrSource(self.source, name))
     return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
 
 
 def optimizer_call_method(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if name != "zero_grad":
+        _refuse_settled()
     if name == "zero_grad":
         return _optimizer_zero_grad(self, tx, *args, **kwargs)
     if name == "step":
         return _optimizer_step(self, tx, *args, **kwargs)
     return user_defined.UserDefinedObjectVariable.call_method(self, tx, name, args, kwargs)
+
+
+def _refuse_settled() -> None:
+    """A scheduler's step, made when the graph has run, would come too late for what reads its rates."""
+    if line := record_of_frame().settled:
+        hint = "call scheduler.step() last, or outside of the compiled step"
+        found = "an optimizer is used after scheduler.step(), inside a block that the graph cannot leave"
+        raise fail(CaptureError(found, where=line, hint=hint))
 
 
 def _params(self: Any, tx: Any) -> Iterator[tuple[Slot, torch.Tensor, Any]]:

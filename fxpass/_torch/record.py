@@ -77,10 +77,12 @@ class FrameRecord:
     toggled: dict[Any, Any] = field(default_factory=dict)  # variable of a parameter -> its graph input
     set_up: list[Any] = field(default_factory=list)  # calls made while tracing
     told: list[Any] = field(default_factory=list)  # calls to make when the graph has run, in order
+    settled: str = ""  # line of a call for later that changes what optimizers read
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""
-    break_after: bool = False  # the break came after optimizer.step()
+    break_inside: bool = False  # in a function that the frame calls
+    given_up: bool = False  # Dynamo leaves the frame uncompiled
     error: FxpassError | None = None
 
     def number_of(self, optimizer: torch.optim.Optimizer) -> int:

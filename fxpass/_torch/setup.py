@@ -39,7 +39,7 @@ def inline_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 def _consider(
     record: FrameRecord, broke: Any, func: Any, args: list[Any], kwargs: dict[str, Any], *, untouched: bool
 ) -> None:
-    """Keep the outermost function around the break that has seen no tensor; call it when one that has is reached."""
+    """Keep the outermost function around the break that sees no tensor; call it once the next one does."""
     if getattr(broke, "fxpass_decided", False):
         return
     tensors = any(map(_is_tensor, [*args, *kwargs.values()]))

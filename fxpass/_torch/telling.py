@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._dynamo.bytecode_transformation import create_call_function, create_instruction
@@ -34,15 +33,18 @@ VariableTracker = base.VariableTracker
 
 # Packages that show what a program does; objects of theirs read no tensor that they were not given.
 _PACKAGES = frozenset(
-    "logging tqdm rich loguru structlog absl wandb tensorboardX tensorboard mlflow comet_ml neptune aim".split()
+    "logging tqdm rich loguru structlog absl wandb tensorboardX tensorboard mlflow comet_ml neptune".split()
 )
-_SAYING = frozenset("debug info warning warn error critical exception log fatal warning_once info_once".split())
+_TALKING = (logging.Logger, io.IOBase, torch.profiler.profile)
+_SAYING = frozenset(
+    "debug info warning warn error critical exception log fatal warning_once info_once".split()
+)
 _ASKING = frozenset("isEnabledFor getEffectiveLevel hasHandlers".split())
 
 
 def is_talk(value: Any) -> bool:
     """Whether calls of ``value``, or of its methods, only tell people something."""
-    if value is print or value is warnings.warn or isinstance(value, (logging.Logger, io.IOBase)):
+    if value is print or value is warnings.warn or isinstance(value, _TALKING):
         return True
     kind = value if isinstance(value, type) else type(value)
     if kind is types.ModuleType:
@@ -68,7 +70,7 @@ class Later(VariableTracker):
     What a call that tells something returns tells too; ``log = logging.getLogger(); log.info(...)``.
     """
 
-    _nonvar_fields = {"function", "method", "tells", *VariableTracker._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"function", "method", "tells", *VariableTracker._nonvar_fields}
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class Bar(VariableTracker):
 class Talker(VariableTracker):
     """Something that only talks to people; a call of it or of a method is made when the graph has run."""
 
-    _nonvar_fields = {"value", *VariableTracker._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"value", *VariableTracker._nonvar_fields}
 
     def __init__(self, value: Any, **options: Any) -> None:
         super().__init__(**options)
@@ -148,7 +150,12 @@ class Talker(VariableTracker):
     def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
         if self._name() in _ASKING and all(a.is_python_constant() for a in args):
             return VariableTracker.build(tx, self.value(*(a.as_python_constant() for a in args)))
-        if hasattr(self.value, "__iter__") and isinstance(self.value, type) and args and (items := _items(tx, args[0])) is not None:
+        if (
+            hasattr(self.value, "__iter__")
+            and isinstance(self.value, type)
+            and args
+            and (items := _items(tx, args[0])) is not None
+        ):
             return Bar(items, call_later(tx, self, [_range(tx, len(items)), *args[1:]], kwargs, tells=True))
         callee = _Warn(tx, *args, **kwargs) if self.value is warnings.warn else self
         return self._result(call_later(tx, callee, args, kwargs, tells=True))
@@ -202,7 +209,9 @@ class _Warn:
         self.at = (summary.filename, summary.lineno)
         self.globals = frame.f_globals
 
-    def __call__(self, message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **_: Any) -> None:
+    def __call__(
+        self, message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **_: Any
+    ) -> None:
         registry = self.globals.setdefault("__warningregistry__", {})
         module = self.globals.get("__name__") or "<unknown>"
         kind = category or UserWarning
@@ -210,13 +219,27 @@ class _Warn:
 
 
 def call_later(
-    tx: Any, callee: Any, args: Any, kwargs: Any, *, method: str = "", tells: bool = False
+    tx: Any,
+    callee: Any,
+    args: Any,
+    kwargs: Any,
+    *,
+    method: str = "",
+    tells: bool = False,
+    settles: bool = False,
 ) -> Later:
-    """A call to make when the graph has run, with what its arguments are now."""
+    """A call to make when the graph has run, with what its arguments are now.
+
+    ``settles``: it changes what an optimizer reads, so none of the step comes after it.
+    """
     arguments = [as_now(tx, a) for a in args]
-    later = Later(callee, arguments, {k: as_now(tx, v) for k, v in kwargs.items()}, method=method, tells=tells)
+    later = Later(
+        callee, arguments, {k: as_now(tx, v) for k, v in kwargs.items()}, method=method, tells=tells
+    )
     if tells:
         record_of_frame().told.append(later)
+    if settles:
+        record_of_frame().settled = user_line()
     return later
 
 
@@ -232,7 +255,7 @@ def as_now(tx: Any, variable: Any) -> Any:
     if isinstance(variable, TensorVariable):
         if tx.output.current_tracer.parent is not None:
             found = "a tensor is shown to people inside a region that is checkpointed or transformed"
-            hint = "show it outside of the region: return it from the function, and print it where that is called"
+            hint = "show it outside of the region: return it, and print it where the region is called"
             raise fail(CaptureError(found, where=user_line(), hint=hint))
         return variable.call_method(tx, "detach", [], {}).call_method(tx, "clone", [], {})
     if not isinstance(variable, (BaseListVariable, ConstDictVariable)):
@@ -248,7 +271,9 @@ def as_now(tx: Any, variable: Any) -> Any:
 
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
-        return any(isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value))
+        return any(
+            isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value)
+        )
     return isinstance(value, (torch.Tensor, lazy.LazySymNodeFormatString))
 
 
@@ -256,7 +281,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def codegen_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``SideEffects.codegen_hooks``, and what was told: before what the step wrote is written to its objects."""
+    """``SideEffects.codegen_hooks``, and what was told, before objects change."""
 
     def codegen_hooks(self: Any, codegen: Any) -> None:
         original(self, codegen)

@@ -8,13 +8,13 @@ follow (``"%.3f" % loss``, ``str(loss)``, ``math.exp(loss.item())``) becomes a c
 from __future__ import annotations
 
 import json
-import math
 import operator
 import pprint
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.variables import lazy, misc
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
@@ -22,7 +22,9 @@ from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.optim.lr_scheduler import LRScheduler
 
+from .dynamo_common import record_of_frame
 from .telling import Bar, Later, as_now, call_later
 
 _TO_TEXT: tuple[Any, ...] = (str, repr, ascii, format)
@@ -34,7 +36,6 @@ def builtin_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """``BuiltinVariable.call_function``: operators and builtin functions."""
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        args = [_real(a).iterated(tx) if isinstance(_real(a), Bar) else a for a in args]
         made = _builtin_later(tx, self.fn, list(args), kwargs)
         return original(self, tx, args, kwargs) if made is None else made
 
@@ -42,7 +43,12 @@ def builtin_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _builtin_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    if fn is str.format and args and args[0].is_python_constant() and any(map(_is_late, [*args[1:], *kwargs.values()])):
+    if (
+        fn is str.format
+        and args
+        and args[0].is_python_constant()
+        and any(map(_is_late, [*args[1:], *kwargs.values()]))
+    ):
         keywords = {k: as_now(tx, v) for k, v in kwargs.items()}
         return StringFormatVariable.create(
             args[0].as_python_constant(), [as_now(tx, a) for a in args[1:]], keywords
@@ -64,10 +70,16 @@ def call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """``InstructionTranslatorBase.call_function``: every call that is written as one."""
 
     def call_function(self: Any, fn: Any, args: Any, kwargs: Any) -> None:
+        args = [_real(a).iterated(self) if isinstance(_real(a), Bar) else a for a in args]
         made = _called_later(self, fn, args, kwargs)
-        if made is None:
+        if made is not None:
+            self.push(made)
+            return
+        try:
             original(self, fn, args, kwargs)
-        else:
+        except Unsupported:
+            if (made := _after_the_update(self, fn, args, kwargs)) is None:
+                raise
             self.push(made)
 
     return call_function
@@ -82,7 +94,9 @@ def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> 
         return None
     function = getattr(fn, "value", None) or getattr(fn, "fn", None)
     if function in _DUMPS and any(map(_is_late, given)):
-        later = call_later(tx, function, args, kwargs, tells=function in (json.dump, pprint.pprint, pprint.pp))
+        later = call_later(
+            tx, function, args, kwargs, tells=function in (json.dump, pprint.pprint, pprint.pp)
+        )
         return _text(later) if function in (json.dumps, pprint.pformat) else later
     of_math = getattr(function, "__module__", "") == "math" and callable(function)
     if of_math and not hasattr(torch, f"_sym_{function.__name__}") and any(map(_is_late_number, given)):
@@ -90,6 +104,36 @@ def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> 
     if of_math and any(isinstance(_real(a), Later) for a in given):
         return call_later(tx, function, args, kwargs)
     return None
+
+
+def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A call that Dynamo cannot trace, after ``optimizer.step()``, where the graph cannot be broken either.
+
+    It is made when the graph has run, if all it is given are values: what it returns is
+    known then. A scheduler's too, since the optimizer of this step has taken its rates.
+    """
+    if not record_of_frame().events or tx.output.root_tx.should_compile_partial_graph():
+        return None
+    fn = _real(fn)
+    owner = getattr(getattr(fn, "obj", None), "value", None)
+    if isinstance(owner, LRScheduler):
+        return call_later(tx, fn.obj, args, kwargs, method=fn.fn.__name__, tells=True, settles=True)
+    function = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    if not callable(function) or owner is not None or not all(map(_is_value, [*args, *kwargs.values()])):
+        return None
+    return call_later(tx, function, args, kwargs, tells=True)
+
+
+def _is_value(variable: Any) -> bool:
+    """Whether ``variable`` is nothing but constants, tensors and what is made of them later."""
+    if isinstance(variable, lazy.LazyVariableTracker) and not variable.is_realized():
+        return isinstance(variable.peek_value(), (torch.Tensor, bool, int, float, str, bytes, type(None)))
+    variable = _real(variable)
+    if isinstance(variable, BaseListVariable):
+        return all(map(_is_value, variable.items))
+    if isinstance(variable, ConstDictVariable):
+        return all(map(_is_value, variable.items.values()))
+    return variable.is_python_constant() or _is_late(variable)
 
 
 def tolist_hook(original: Callable[..., Any]) -> Callable[..., Any]:

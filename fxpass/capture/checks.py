@@ -16,12 +16,11 @@ from torch.fx import GraphModule, Node
 from .. import _torch
 from ..errors import CaptureError
 from ..ir.slots import Slot
+from .breaks import Break
 from .events import Event
 
-_MOVE = "move what breaks the graph (a print, .item(), a branch on data) after optimizer.step()"
 
-
-def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None) -> None:
+def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
     """Raise :class:`CaptureError` unless the frame is a whole training step or needs no gradients.
 
     Args:
@@ -29,9 +28,8 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
         record: what the hooks saw (``_torch.FrameRecord``).
         last_break: reason and user line of the last graph break in an enclosing frame.
     """
-    reason, where = record.break_reason, record.break_where
-    if not reason and last_break is not None:
-        reason, where = last_break
+    broke = Break(record.break_reason, record.break_where, record.break_inside) or last_break or Break()
+    where = broke.where
     _refuse_sparse(gm)
     if record.backwards and not record.leaf_grads:
         found = "backward() reached no parameter: nothing in the loss requires grad"
@@ -40,9 +38,9 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
     if record.backwards and not record.events:
         hint = "call optimizer.step() in the compiled function, with any accumulation loop inside it"
         raise CaptureError(
-            f"gradients leave the graph without an optimizer step; {_ends(reason, 'optimizer.step()')}",
+            _found("gradients leave the graph without an optimizer step", broke, "optimizer.step()"),
             where=where or record.backwards[-1],
-            hint=_break_hint(reason, hint),
+            hint=broke.hint if broke else hint,
         )
     for event in record.events:
         with_grad = [p for p in event.params if p.read is not None]
@@ -52,11 +50,11 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
                 "gradients of torch.autograd.grad are not scaled and do not count"
             )
             raise CaptureError(
-                f"optimizer.step() finds no gradient of the compiled function; {_ends(reason, 'it')}"
-                if reason
+                _found("optimizer.step() finds no gradient of the compiled function", broke, "it")
+                if broke
                 else "optimizer.step() finds no gradient computed in the compiled function",
                 where=where or event.where,
-                hint=_break_hint(reason, hint),
+                hint=broke.hint if broke else hint,
             )
     escaping = _outputs_requiring_grad(gm, record)
     if escaping and not record.backwards:
@@ -65,10 +63,11 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
             "optimizer.step(); for evaluation, call it under torch.no_grad()"
         )
         raise CaptureError(
-            f"the graph's outputs still need a backward ({', '.join(escaping[:3])}); "
-            f"{_ends(reason, 'backward()')}",
+            _found(
+                f"the graph's outputs still need a backward ({', '.join(escaping[:3])})", broke, "backward()"
+            ),
             where=where,
-            hint=_break_hint(reason, hint),
+            hint=broke.hint if broke else hint,
         )
     if escaping:
         hint = "detach it before it leaves the step"
@@ -76,17 +75,16 @@ def check_frame(gm: GraphModule, record: Any, last_break: tuple[str, str] | None
         raise CaptureError(found, where=record.backwards[-1], hint=hint)
 
 
-def still_requires_grad(record: Any, last_break: tuple[str, str] | None) -> CaptureError:
+def still_requires_grad(record: Any, last_break: Break | None) -> CaptureError:
     """The error for a graph whose results or updates AOTAutograd would have to differentiate."""
-    reason, where = last_break or ("", "")
+    broke = last_break or Break()
     found = "the graph's outputs or updates require grad after it"
     if record.backwards:
         hint = "return detached tensors, and update only inside torch.no_grad() or optimizer.step()"
         return CaptureError(found, where=record.backwards[-1], hint=hint)
     hint = "compile the whole step, and let only torch.no_grad() code write to parameters"
-    return CaptureError(
-        f"{found}; {_ends(reason, 'backward()')}", where=where, hint=_break_hint(reason, hint)
-    )
+    hint = broke.hint if broke else hint
+    return CaptureError(_found(found, broke, "backward()"), where=broke.where, hint=hint)
 
 
 def module_hooks_stay(record: Any) -> Callable[[], None]:
@@ -103,16 +101,16 @@ def module_hooks_stay(record: Any) -> Callable[[], None]:
     return check
 
 
-def uncompiled(last_break: tuple[str, str] | None, where: str) -> CaptureError:
+def uncompiled(last_break: Break | None, where: str) -> CaptureError:
     """The error for a backward that is about to run as plain Python inside the compiled function."""
-    reason, broke_at = last_break or ("", "")
+    broke = last_break or Break()
     found = "backward() is about to run uncompiled, without scaling, skip and casts"
-    if reason and "disable" not in reason:
+    if broke and "disable" not in broke.reason:
         hint = (
-            "no graph can be resumed inside a loop, a try or a with block: take what breaks it (a print, "
-            ".item(), a branch on data) out of there, or compile what stands there as a function of its own"
+            "no graph can be resumed inside a loop, a try or a with block: take what breaks it "
+            "out of there, or compile what stands there as a function of its own"
         )
-        return CaptureError(f"{found}; {reason}", where=broke_at or where, hint=hint)
+        return CaptureError(f"{found}; {broke.cause}", where=broke.where or where, hint=hint)
     hint = "take the training step out of torch.compiler.disable, or call it outside of the compiled function"
     return CaptureError(found, where=where, hint=hint)
 
@@ -164,18 +162,11 @@ def computes(gm: GraphModule) -> bool:
     return any(n.op.startswith("call") and n.target != "detach" for n in gm.graph.nodes)
 
 
-def _ends(reason: str, before: str) -> str:
-    return (
-        f"the graph broke before {before}: {reason}"
-        if reason
-        else f"the compiled function ends before {before}"
-    )
-
-
-def _break_hint(reason: str, otherwise: str) -> str:
-    if not reason:
-        return otherwise
-    return _MOVE
+def _found(what: str, broke: Break, before: str) -> str:
+    """The cause first, if the graph broke; else where the compiled function ends."""
+    if not broke:
+        return f"{what}; the compiled function ends before {before}"
+    return f"the graph broke before {before}: {broke.cause}; {what}"
 
 
 def _outputs_requiring_grad(gm: GraphModule, record: Any) -> list[str]:

@@ -21,7 +21,15 @@ _KINDS: dict[type, torch.dtype] = {
     torch.SymBool: torch.bool,
 }
 _SAME = (
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow),
+    *(
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+        operator.floordiv,
+        operator.mod,
+        operator.pow,
+    ),
     *(operator.neg, operator.pos, abs, operator.lt, operator.le, operator.gt, operator.ge, operator.eq),
     operator.ne,
 )
@@ -58,13 +66,15 @@ def read_afterwards(graph: Graph) -> set[int]:
 
 
 def _as_tensors(node: Node, made: dict[Node, Node]) -> Callable[..., Any] | None:
-    """The function of tensors that computes what ``node`` computes of numbers read before; None if none does."""
+    """The function of tensors that computes what ``node`` does of numbers read before, if there is one."""
     if node.op == "call_method" and node.target == "item":
         return lambda tensor: tensor.detach().reshape(())
     if node.op == "call_method" and node.target == "__round__":
         function = _round
     else:
-        function = _FUNCTIONS.get(node.target) or (_unary(node.target) if node.op == "call_function" else None)
+        function = _FUNCTIONS.get(node.target) or (
+            _unary(node.target) if node.op == "call_function" else None
+        )
     known = all(n in made or n.op == "placeholder" for n in node.all_input_nodes)
     return function if known and any(n in made for n in node.all_input_nodes) else None
 

@@ -1,0 +1,71 @@
+"""Why a graph broke, in the words of a training program, and what to do about it there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Break:
+    """One graph break of Dynamo's: its reason, the user's line, and whether the step called it from there."""
+
+    reason: str = ""
+    where: str = ""
+    inside: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def cause(self) -> str:
+        """What broke the graph, and Dynamo's own words."""
+        known = _known(self.reason)
+        return f"{known.found} ({self.reason.split('. ')[0]})" if known else self.reason
+
+    @property
+    def hint(self) -> str:
+        """What to do at the line of the break."""
+        known = _known(self.reason) or _OTHER
+        return known.inside if self.inside else known.in_step
+
+
+@dataclass(frozen=True)
+class _Cause:
+    pattern: str
+    found: str
+    in_step: str
+    inside: str
+
+
+_DISABLED = "take it out of torch.compiler.disable, or call it outside of the compiled function"
+_OTHER = _Cause(
+    "",
+    "",
+    "move it after optimizer.step(), behind any with, try or loop, or out of the compiled function",
+    "call it before the compiled step, and give its result to the step as an argument",
+)
+_CAUSES = (
+    _Cause(
+        r"generic_jump|ata-dependent|step_unsupported|`item`|Tensor\.item\(\)|__bool__",
+        "what happens next depends on a value that the step computes",
+        "choose with torch.where(condition, a, b), which keeps both sides in the graph, or decide after "
+        "optimizer.step(), behind any with, try or loop; a loss of inf or nan needs no test: it is skipped",
+        "choose with torch.where(condition, a, b), which keeps both sides in the graph",
+    ),
+    _Cause(r"compiler\.disable", "torch was told not to trace a function", _DISABLED, _DISABLED),
+)
+
+
+def _known(reason: str) -> _Cause | None:
+    return next((cause for cause in _CAUSES if re.search(cause.pattern, reason)), None)
+
+
+def given_up(record: Any) -> CaptureError:
+    """The error for a frame that trains, and breaks where its graph cannot be resumed."""
+    broke = Break(record.break_reason, record.break_where, record.break_inside)
+    block = "inside a with, a try or a loop" if record.events else "before optimizer.step()"
+    return CaptureError(f"the graph breaks {block}: {broke.cause}", where=broke.where, hint=broke.hint)
