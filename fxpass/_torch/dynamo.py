@@ -60,7 +60,7 @@ from .handles import readable_name
 from .once import once_hook
 from .record import FrameRecord, LeafGrad
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
-from .setup import inline_hook
+from .setup import inline_hook, unsettled
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
@@ -98,7 +98,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             _trains[args[0]] = bool(record.events)
             return result
         except Exception as error:
-            ours = record.error or _fxpass_cause(error)
+            ours = record.error or _fxpass_cause(error) or unsettled(record)
             if ours is None:
                 _note_failure(record, error)
                 raise
@@ -343,6 +343,8 @@ def _note_consumed_outputs(self: Any, rv: list[Any], tx: Any) -> None:
 def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_subgraph(self: Any, tx: Any, reason: Any, *args: Any, **kwargs: Any) -> Any:
         record = record_of_frame()
+        if (error := unsettled(record)) is not None:
+            raise fail(error)
         if getattr(reason, "graph_break", True) and reason.user_stack:
             record.break_reason = _what_broke(str(reason.reason))
             record.break_where = user_line(reason.user_stack)

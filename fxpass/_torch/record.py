@@ -96,4 +96,6 @@ class FrameRecord:
         """Forget what was seen: Dynamo traces the frame again from its start."""
         kept = FrameRecord(self.backend, self.code, self.limit, self.recompile_reason, error=self.error)
         kept.set_up = self.set_up
+        for call in kept.set_up:
+            call.shown = call.entered = False
         vars(self).update(vars(kept))
