@@ -345,6 +345,7 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         record = record_of_frame()
         if (error := unsettled(record)) is not None:
             raise fail(error)
+        texts.refuse_unseen_changes(record, self.side_effects)
         if getattr(reason, "graph_break", True) and reason.user_stack:
             record.break_reason = _what_broke(str(reason.reason))
             record.break_where = user_line(reason.user_stack)

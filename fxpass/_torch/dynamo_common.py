@@ -111,7 +111,19 @@ def is_none(variable: Any) -> bool:
 
 def store_grad(tx: Any, leaf: Any, grad: Any) -> None:
     if not tx.output.side_effects.is_attribute_mutation(leaf):
-        from torch._dynamo.variables.base import AttributeMutationExisting
-
-        leaf.mutation_type = AttributeMutationExisting()
+        leaf.mutation_type = base.AttributeMutationExisting()
     tx.output.side_effects.store_attr(leaf, "grad", grad)
+
+
+def changed(effects: Any) -> bool:
+    """Whether the frame has changed what exists outside of the trace; gradients that are cleared aside."""
+    for variable in effects._get_modified_vars():
+        attributes = effects.store_attr_mutations.get(variable)
+        if not is_new(variable) and not (attributes and set(attributes) == {"grad"}):
+            return True
+    return False
+
+
+def is_new(variable: Any) -> bool:
+    """Whether the frame has made the object."""
+    return isinstance(variable.mutation_type, (base.AttributeMutationNew, base.ValueMutationNew))

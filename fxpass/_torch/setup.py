@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch._dynamo import exc
 from torch._dynamo.variables import functions, lazy
-from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
 from ..errors import CaptureError
-from .dynamo_common import fail, local, record_of_frame, user_line
+from .dynamo_common import changed, fail, is_new, local, record_of_frame, user_line
 from .record import FrameRecord
 from .skipped import skips_only
 
@@ -132,7 +131,7 @@ def _consider(
         return
     broke.fxpass_closed = True
     call = getattr(broke, "fxpass_setup", None)
-    if call is None or not any(map(_is_model, given)) or _changed(parent.output.side_effects):
+    if call is None or not any(map(_is_model, given)) or changed(parent.output.side_effects):
         return
     broke.fxpass_setup = None
     record.set_up.append(call)
@@ -143,19 +142,6 @@ def _consider(
 def _is_model(variable: Any) -> bool:
     value = getattr(variable, "value", None)
     return isinstance(value, torch.nn.Module) and any(p.requires_grad for p in value.parameters())
-
-
-def _changed(effects: Any) -> bool:
-    """Whether the frame has changed what exists outside of the trace; gradients that are cleared aside."""
-    for variable in effects._get_modified_vars():
-        attributes = effects.store_attr_mutations.get(variable)
-        if not _is_new(variable) and not (attributes and set(attributes) == {"grad"}):
-            return True
-    return False
-
-
-def _is_new(variable: Any) -> bool:
-    return isinstance(variable.mutation_type, (AttributeMutationNew, ValueMutationNew))
 
 
 # ---------------------------------------------------------------- the trace after it
@@ -184,9 +170,9 @@ def _done(output: Any) -> tuple[Any, ...]:
     stored = {
         id(v): {k: id(a) for k, a in attributes.items()}
         for v, attributes in effects.store_attr_mutations.items()
-        if not _is_new(v)
+        if not is_new(v)
     }
-    modified = {id(v) for v in effects._get_modified_vars() if not _is_new(v)}
+    modified = {id(v) for v in effects._get_modified_vars() if not is_new(v)}
     computed = sum(n.op not in ("placeholder", "get_attr") for n in output.graph.nodes)
     said = len(record.told), len(output.random_calls), len(effects.tensor_hooks)
     return stored, modified, computed, said

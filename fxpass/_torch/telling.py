@@ -9,6 +9,7 @@ is known only then: ``f"{loss:.3f}"``, ``math.exp(loss.item())``.
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import types
@@ -25,9 +26,10 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch._dynamo.variables.tensor import TensorVariable
+from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 
 from ..errors import CaptureError
-from .dynamo_common import fail, record_of_frame, user_line
+from .dynamo_common import changed, fail, record_of_frame, user_line
 
 VariableTracker = base.VariableTracker
 
@@ -40,6 +42,7 @@ _SAYING = frozenset(
     "debug info warning warn error critical exception log fatal warning_once info_once".split()
 )
 _ASKING = frozenset("isEnabledFor getEffectiveLevel hasHandlers".split())
+_FIXED = (bool, int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType, torch.nn.Module)
 
 
 def is_talk(value: Any) -> bool:
@@ -88,7 +91,8 @@ class Later(VariableTracker):
         self.arguments, self.keywords, self.method, self.tells = arguments, keywords, method, tells
 
     def call_method(self, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-        return call_later(tx, self, args, kwargs, method=name, tells=self.tells)
+        text = str if name in _SAYING else None
+        return call_later(tx, self, args, kwargs, method=name, tells=self.tells, text=text)
 
     def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
         return call_later(tx, self, args, kwargs, tells=self.tells)
@@ -158,7 +162,8 @@ class Talker(VariableTracker):
         ):
             return Bar(items, call_later(tx, self, [_range(tx, len(items)), *args[1:]], kwargs, tells=True))
         callee = _Warn(tx, *args, **kwargs) if self.value is warnings.warn else self
-        return self._result(call_later(tx, callee, args, kwargs, tells=True))
+        text = str if self.value in (print, warnings.warn) or self._name() else None
+        return self._result(call_later(tx, callee, args, kwargs, tells=True, text=text))
 
     def call_method(self, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         return self.var_getattr(tx, name).call_function(tx, args, kwargs)
@@ -227,15 +232,16 @@ def call_later(
     method: str = "",
     tells: bool = False,
     settles: bool = False,
+    text: Any = None,
 ) -> Later:
     """A call to make when the graph has run, with what its arguments are now.
 
     ``settles``: it changes what an optimizer reads, so none of the step comes after it.
+    ``text``: all it does with objects is to write them by this function.
     """
-    arguments = [as_now(tx, a) for a in args]
-    later = Later(
-        callee, arguments, {k: as_now(tx, v) for k, v in kwargs.items()}, method=method, tells=tells
-    )
+    arguments = [as_now(tx, a, text) for a in args]
+    keywords = {k: as_now(tx, v, text) for k, v in kwargs.items()}
+    later = Later(callee, arguments, keywords, method=method, tells=tells)
     if tells:
         record_of_frame().told.append(later)
     if settles:
@@ -243,13 +249,14 @@ def call_later(
     return later
 
 
-def as_now(tx: Any, variable: Any) -> Any:
-    """``variable`` with a copy of each tensor in it, so that what the step does to them later is not seen.
+def as_now(tx: Any, variable: Any, text: Any = None) -> Any:
+    """``variable`` as it is now: with a copy of each tensor in it, and the text of each object, if that is wanted.
 
     What nothing was computed from (a counter that is only logged) is fetched afterwards, without a guard.
     """
+    known = not changed(tx.output.side_effects)
     if isinstance(variable, lazy.LazyVariableTracker):
-        if not variable.is_realized() and not _holds_tensors(variable.peek_value()):
+        if not variable.is_realized() and not _may_change(variable.peek_value(), known):
             return variable
         variable = variable.realize()
     if isinstance(variable, TensorVariable):
@@ -258,23 +265,71 @@ def as_now(tx: Any, variable: Any) -> Any:
             hint = "show it outside of the region: return it, and print it where the region is called"
             raise fail(CaptureError(found, where=user_line(), hint=hint))
         return variable.call_method(tx, "detach", [], {}).call_method(tx, "clone", [], {})
+    if isinstance(variable, UserDefinedObjectVariable):
+        return _object_now(tx, variable, text, known)
     if not isinstance(variable, (BaseListVariable, ConstDictVariable)):
         return variable
-    if variable.source is not None and not tx.output.side_effects.is_modified(variable):
+    if known and variable.source is not None and not tx.output.side_effects.is_modified(variable):
         return variable
+    within = repr if text is str else text
     if isinstance(variable, ConstDictVariable):
-        items: Any = {k: as_now(tx, v) for k, v in variable.items.items()}
+        items: Any = {k: as_now(tx, v, within) for k, v in variable.items.items()}
     else:
-        items = [as_now(tx, v) for v in variable.items]
+        items = [as_now(tx, v, within) for v in variable.items]
     return variable.clone(items=items, source=None, mutation_type=ValueMutationNew())
 
 
-def _holds_tensors(value: Any) -> bool:
+def _object_now(tx: Any, variable: Any, text: Any, known: bool) -> Any:
+    """An object that nothing has changed, or its text."""
+    modified = tx.output.side_effects.is_modified(variable)
+    if isinstance(variable.value, torch.nn.Module) or (known and not modified):
+        return variable
+    if text is not None:
+        if (write := _writes(type(variable.value), text)) is None:
+            return variable  # its address
+        made = VariableTracker.build(tx, write).call_function(tx, [variable], {})
+        return Written(made) if text is repr else made
+    if not modified:
+        return variable
+    found = f"a {type(variable.value).__name__} that the step has changed is shown to people"
+    hint = "show its numbers, each by itself, or show it outside of the compiled step"
+    raise fail(CaptureError(found, where=user_line(), hint=hint))
+
+
+def _writes(kind: type, text: Any) -> Any:
+    """The class's function that ``text`` calls, None if it has none in Python."""
+    methods = [kind.__str__, kind.__repr__] if text is str else [kind.__repr__]
+    written = [inspect.unwrap(method) for method in methods if isinstance(method, types.FunctionType)]
+    return written[0] if written else None
+
+
+class Written(VariableTracker):
+    """The text of an object inside a list that is written: without quotes."""
+
+    def __init__(self, text: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.text = text
+
+    def reconstruct(self, codegen: Any) -> None:
+        codegen.add_push_null(lambda: codegen.load_import_from(__name__, "Verbatim"))
+        codegen(self.text)
+        codegen.extend_output(create_call_function(1, False))
+
+
+class Verbatim(str):
+    """A text that is its own ``repr``."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _may_change(value: Any, known: bool) -> bool:
+    """Whether what stands in ``value`` may differ when the graph has run."""
     if isinstance(value, (list, tuple, dict)):
-        return any(
-            isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value)
-        )
-    return isinstance(value, (torch.Tensor, lazy.LazySymNodeFormatString))
+        return any(_may_change(v, known) for v in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, (torch.Tensor, lazy.LazySymNodeFormatString)):
+        return True
+    return not known and not isinstance(value, _FIXED)
 
 
 # ---------------------------------------------------------------- at the end of the frame

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import operator
 import pprint
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.optim.lr_scheduler import LRScheduler
 
-from .dynamo_common import record_of_frame
+from ..errors import CaptureError
+from .dynamo_common import changed, fail, record_of_frame, user_line
+from .record import FrameRecord
 from .telling import Bar, Later, as_now, call_later
 
 _TO_TEXT: tuple[Any, ...] = (str, repr, ascii, format)
@@ -43,20 +46,16 @@ def builtin_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _builtin_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    if (
-        fn is str.format
-        and args
-        and args[0].is_python_constant()
-        and any(map(_is_late, [*args[1:], *kwargs.values()]))
-    ):
-        keywords = {k: as_now(tx, v) for k, v in kwargs.items()}
-        return StringFormatVariable.create(
-            args[0].as_python_constant(), [as_now(tx, a) for a in args[1:]], keywords
-        )
+    if fn is str.format and args and args[0].is_python_constant():
+        pattern = args[0].as_python_constant()
+        text = None if re.search(r"{\w*[.\[!]", pattern) else str
+        keywords = {k: as_now(tx, v, text) for k, v in kwargs.items()}
+        return StringFormatVariable.create(pattern, [as_now(tx, a, text) for a in args[1:]], keywords)
     if fn in _TO_TEXT and args and _is_late(args[0]):
         return _text(call_later(tx, fn, args, kwargs))
-    if fn in (operator.mod, operator.imod) and _is_text(args[0]) and any(map(_is_late, args)):
-        return _text(call_later(tx, fn, args, kwargs))
+    if fn in (operator.mod, operator.imod) and _is_text(args[0]):
+        if not all(_real(a).is_python_constant() for a in args):
+            return _text(call_later(tx, fn, args, kwargs, text=str))
     if fn in (operator.add, operator.iadd, operator.mul, operator.imul) and any(
         isinstance(_real(a), StringFormatVariable) for a in args
     ):
@@ -112,7 +111,8 @@ def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any])
     It is made when the graph has run, if all it is given are values: what it returns is
     known then. A scheduler's too, since the optimizer of this step has taken its rates.
     """
-    if not record_of_frame().events or tx.output.root_tx.should_compile_partial_graph():
+    record = record_of_frame()
+    if not record.events or tx.output.root_tx.should_compile_partial_graph():
         return None
     fn = _real(fn)
     owner = getattr(getattr(fn, "obj", None), "value", None)
@@ -121,7 +121,16 @@ def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any])
     function = getattr(fn, "value", None) or getattr(fn, "fn", None)
     if not callable(function) or owner is not None or not all(map(_is_value, [*args, *kwargs.values()])):
         return None
+    record.unseen = user_line()
     return call_later(tx, function, args, kwargs, tells=True)
+
+
+def refuse_unseen_changes(record: FrameRecord, effects: Any) -> None:
+    """What such a call reads and writes is not known: the frame itself must change nothing that it might."""
+    if record.unseen and changed(effects):
+        found = "a call that torch cannot trace stands inside a block, in a step that changes objects of its own"
+        hint = "move it after the block, or out of the compiled function"
+        raise fail(CaptureError(found, where=record.unseen, hint=hint))
 
 
 def _is_value(variable: Any) -> bool:
