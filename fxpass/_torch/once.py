@@ -2,8 +2,9 @@
 
 Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches. Dynamo
 traces the function behind the cache, at every compilation and into every call.
-A warning told once, or a class patched once, would come again and again. With arguments that
-are plain constants the cached function is called while tracing, as the first call in eager would.
+A warning told once, or a class patched once, would come again and again, and what is cached
+would be another object each time. With arguments that are plain constants the cached function is
+called while tracing, as the first call in eager would.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch._dynamo.source import GlobalSource
 from torch._dynamo.variables import base
-
-from .dynamo_common import record_of_frame
 
 VariableTracker = base.VariableTracker
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -32,10 +32,7 @@ def once_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         result = cached(*positional, **{k: v.as_python_constant() for k, v in kwargs.items()})
         if isinstance(result, (*_PLAIN, type)):
             return VariableTracker.build(tx, result)
-        told = record_of_frame().told
-        known = len(told)
-        traced = original(self, tx, args, kwargs)
-        del told[known:]  # the call above has said it
-        return traced
+        name = tx.output.install_global_by_id("__fxpass_cached", result)
+        return VariableTracker.build(tx, result, GlobalSource(name))
 
     return call_function

@@ -9,6 +9,8 @@ does nothing: the trace has to show it, or the step is refused.
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,6 @@ from typing import Any
 import torch
 from torch._dynamo import exc
 from torch._dynamo.variables import functions, lazy
-from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
@@ -25,6 +26,8 @@ from .dynamo_common import changed, fail, is_new, local, record_of_frame, user_l
 from .record import FrameRecord
 from .skipped import skips_only
 
+_LASTING = (bool, int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType)
+_STORES = functools.cached_property.__get__  # what it has returned stands where it is looked up
 HINT = "call it once before the compiled step, and leave it out of the model's forward()"
 
 
@@ -126,7 +129,9 @@ def _consider(
         except _NotReal:
             return
         where = user_line(getattr(broke, "real_stack", None))
-        skippable = skips_only(parent.instructions, parent.indexof, parent.instruction_pointer)
+        skippable = function is _STORES or skips_only(
+            parent.instructions, parent.indexof, parent.instruction_pointer
+        )
         broke.fxpass_setup = SetUp(function, values, keywords, where, parent.f_code, skippable)
         return
     broke.fxpass_closed = True
@@ -212,8 +217,8 @@ def _real(variable: Any) -> Any:
     if isinstance(variable, lazy.LazyVariableTracker) and not variable.is_realized():
         return variable.peek_value()
     variable = variable.realize()
-    if isinstance(variable, ConstantVariable):
-        return variable.value
+    if variable.is_python_constant() and isinstance(constant := variable.as_python_constant(), _LASTING):
+        return constant
     if variable.source is not None:
         for name in ("value", "fn"):
             if hasattr(variable, name):

@@ -54,7 +54,7 @@ def _builtin_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) ->
     if fn in _TO_TEXT and args and _is_late(args[0]):
         return _text(call_later(tx, fn, args, kwargs))
     if fn in (operator.mod, operator.imod) and _is_text(args[0]):
-        if not all(_real(a).is_python_constant() for a in args):
+        if not all(a.is_python_constant() for a in args):
             return _text(call_later(tx, fn, args, kwargs, text=str))
     if fn in (operator.add, operator.iadd, operator.mul, operator.imul) and any(
         isinstance(_real(a), StringFormatVariable) for a in args
@@ -161,9 +161,9 @@ def _text(later: Later) -> Any:
 
 
 def _real(variable: Any) -> Any:
-    """The variable behind a lazy one that somebody has looked at."""
-    if isinstance(variable, lazy.LazyVariableTracker) and variable.is_realized():
-        return variable.unwrap()
+    """The variable, None for a lazy one that nobody has looked at: to look would install a guard."""
+    if isinstance(variable, lazy.LazyVariableTracker):
+        return variable.unwrap() if variable.is_realized() else None
     return variable
 
 
