@@ -39,7 +39,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.marks import GRAD, MARK, SEED
-from . import debugging, telling, texts
+from . import abandoned, debugging, telling, texts
 from .dynamo_common import (
     call,
     current_record,
@@ -192,7 +192,11 @@ def _patches() -> Iterator[None]:
         patch(cached, "call_function", once_hook(cached.call_function))
         inlining = symbolic_convert.InliningInstructionTranslator
         patch(inlining, "inline_call", classmethod(inline_hook(inlining.inline_call)))
+        frame = symbolic_convert.InstructionTranslator
+        patch(frame, "run", abandoned.run_hook(frame.run))
+        patch(frame, "step_graph_break", abandoned.rest_hook(frame.step_graph_break))
         tx = symbolic_convert.InstructionTranslatorBase
+        patch(tx, "log_graph_break", abandoned.log_hook(tx.log_graph_break))
         patch(tx, "call_function", texts.call_hook(tx.call_function))
         patch(tensor.TensorVariable, "method_tolist", texts.tolist_hook(tensor.TensorVariable.method_tolist))
         reasons = convert_frame.get_and_maybe_log_recompilation_reasons
@@ -347,9 +351,11 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             raise fail(error)
         texts.refuse_unseen_changes(record, self.side_effects)
         if getattr(reason, "graph_break", True) and reason.user_stack:
-            record.break_reason = _what_broke(str(reason.reason))
-            record.break_where = user_line(reason.user_stack)
-            record.break_inside = inside(reason.user_stack, record.code)
+            cause, stack = reason.reason, reason.user_stack
+            if cause == "step_unsupported" and record.broke is not None:
+                cause, stack = str(record.broke), getattr(record.broke, "real_stack", None) or stack
+            record.break_reason, record.break_where = _what_broke(str(cause)), user_line(stack)
+            record.break_inside = inside(stack, record.code)
         _take_over_grads(self.side_effects, record)
         return original(self, tx, reason, *args, **kwargs)
 

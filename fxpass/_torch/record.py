@@ -82,8 +82,10 @@ class FrameRecord:
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""
+    broke: Exception | None = None  # the last graph break, by which Dynamo has started anew
     break_inside: bool = False  # in a function that the frame calls
     given_up: bool = False  # Dynamo leaves the frame uncompiled
+    will_train: bool = False  # a backward comes in what Dynamo leaves uncompiled
     error: FxpassError | None = None
 
     def number_of(self, optimizer: torch.optim.Optimizer) -> int:
@@ -96,7 +98,7 @@ class FrameRecord:
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""
         kept = FrameRecord(self.backend, self.code, self.limit, self.recompile_reason, error=self.error)
-        kept.set_up = self.set_up
+        kept.set_up, kept.broke = self.set_up, self.broke
         for call in kept.set_up:
             call.shown = call.entered = False
         vars(self).update(vars(kept))

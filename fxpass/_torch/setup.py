@@ -24,7 +24,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from ..errors import CaptureError
 from .dynamo_common import changed, fail, is_new, local, record_of_frame, user_line
 from .record import FrameRecord
-from .skipped import skips_only
+from .ways import Ways
 
 _LASTING = (bool, int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType)
 _STORES = functools.cached_property.__get__  # what it has returned stands where it is looked up
@@ -129,9 +129,8 @@ def _consider(
         except _NotReal:
             return
         where = user_line(getattr(broke, "real_stack", None))
-        skippable = function is _STORES or skips_only(
-            parent.instructions, parent.indexof, parent.instruction_pointer
-        )
+        ways = Ways(parent.f_code)
+        skippable = function is _STORES or ways.skips_only(ways.after(parent.current_instruction.offset))
         broke.fxpass_setup = SetUp(function, values, keywords, where, parent.f_code, skippable)
         return
     broke.fxpass_closed = True

@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import CaptureError
+from .abandoned import refuse_disabled
 from .dynamo_common import changed, fail, record_of_frame, user_line
 from .record import FrameRecord
 from .telling import Bar, Later, as_now, call_later
@@ -77,6 +78,7 @@ def call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             original(self, fn, args, kwargs)
         except Unsupported:
+            refuse_disabled(_real(fn))
             if (made := _after_the_update(self, fn, args, kwargs)) is None:
                 raise
             self.push(made)

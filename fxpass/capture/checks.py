@@ -33,6 +33,10 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
     _refuse_sparse(gm)
     if record.backwards and not record.leaf_grads:
         found = "backward() reached no parameter: nothing in the loss requires grad"
+        if broke:
+            hint = broke.hint
+            found = _found("backward() reaches nothing that the graph has computed", broke, "backward()")
+            raise CaptureError(found, where=where, hint=hint)
         hint = "check requires_grad of the model's parameters"
         raise CaptureError(found, where=record.backwards[0], hint=hint)
     if record.backwards and not record.events:
