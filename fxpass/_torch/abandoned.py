@@ -62,7 +62,7 @@ def _comes_backward(tx: Any, offset: int | None) -> bool:
     ways = Ways(tx.f_code)
     values = (n.meta.get("example_value") for n in tx.output.graph.nodes)
     every = all(getattr(value, "grad_fn", None) is None for value in values)
-    line = ways.reach(ways.after(offset), "backward", every=every)
+    line = ways.reach(ways.at(offset), "backward", every=every)
     return torch.is_grad_enabled() and line is not None
 
 
@@ -72,7 +72,7 @@ def refuse_disabled(fn: Any) -> None:
     Raises:
         CaptureError: it does, whichever way it goes.
     """
-    function = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    function: Any = getattr(fn, "value", None) or getattr(fn, "fn", None)
     if not getattr(function, "_torchdynamo_disable", False) or not torch.is_grad_enabled():
         return
     code = getattr(inspect.unwrap(function), "__code__", None)

@@ -9,7 +9,6 @@ is known only then: ``f"{loss:.3f}"``, ``math.exp(loss.item())``.
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import types
@@ -20,16 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch._dynamo.bytecode_transformation import create_call_function, create_instruction
 from torch._dynamo.source import AttrSource
-from torch._dynamo.variables import base, lazy, misc
-from torch._dynamo.variables.base import ValueMutationNew
+from torch._dynamo.variables import base, misc
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.dicts import ConstDictVariable
-from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
-from torch._dynamo.variables.tensor import TensorVariable
-from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+from torch._dynamo.variables.lists import TupleVariable
 
-from ..errors import CaptureError
-from .dynamo_common import changed, fail, record_of_frame, user_line
+from .dynamo_common import record_of_frame, user_line
+from .shown import as_now
 
 VariableTracker = base.VariableTracker
 
@@ -42,7 +37,6 @@ _SAYING = frozenset(
     "debug info warning warn error critical exception log fatal warning_once info_once".split()
 )
 _ASKING = frozenset("isEnabledFor getEffectiveLevel hasHandlers".split())
-_FIXED = (bool, int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType, torch.nn.Module)
 
 
 def is_talk(value: Any) -> bool:
@@ -247,89 +241,6 @@ def call_later(
     if settles:
         record_of_frame().settled = user_line()
     return later
-
-
-def as_now(tx: Any, variable: Any, text: Any = None) -> Any:
-    """``variable`` as it is now: with a copy of each tensor in it, and the text of each object, if that is wanted.
-
-    What nothing was computed from (a counter that is only logged) is fetched afterwards, without a guard.
-    """
-    known = not changed(tx.output.side_effects)
-    if isinstance(variable, lazy.LazyVariableTracker):
-        if not variable.is_realized() and not _may_change(variable.peek_value(), known):
-            return variable
-        variable = variable.realize()
-    if isinstance(variable, TensorVariable):
-        if tx.output.current_tracer.parent is not None:
-            found = "a tensor is shown to people inside a region that is checkpointed or transformed"
-            hint = "show it outside of the region: return it, and print it where the region is called"
-            raise fail(CaptureError(found, where=user_line(), hint=hint))
-        return variable.call_method(tx, "detach", [], {}).call_method(tx, "clone", [], {})
-    if isinstance(variable, UserDefinedObjectVariable):
-        return _object_now(tx, variable, text, known)
-    if not isinstance(variable, (BaseListVariable, ConstDictVariable)):
-        return variable
-    if known and variable.source is not None and not tx.output.side_effects.is_modified(variable):
-        return variable
-    within = repr if text is str else text
-    if isinstance(variable, ConstDictVariable):
-        items: Any = {k: as_now(tx, v, within) for k, v in variable.items.items()}
-    else:
-        items = [as_now(tx, v, within) for v in variable.items]
-    return variable.clone(items=items, source=None, mutation_type=ValueMutationNew())
-
-
-def _object_now(tx: Any, variable: Any, text: Any, known: bool) -> Any:
-    """An object that nothing has changed, or its text."""
-    modified = tx.output.side_effects.is_modified(variable)
-    if isinstance(variable.value, torch.nn.Module) or (known and not modified):
-        return variable
-    if text is not None:
-        if (write := _writes(type(variable.value), text)) is None:
-            return variable  # its address
-        made = VariableTracker.build(tx, write).call_function(tx, [variable], {})
-        return Written(made) if text is repr else made
-    if not modified:
-        return variable
-    found = f"a {type(variable.value).__name__} that the step has changed is shown to people"
-    hint = "show its numbers, each by itself, or show it outside of the compiled step"
-    raise fail(CaptureError(found, where=user_line(), hint=hint))
-
-
-def _writes(kind: type, text: Any) -> Any:
-    """The class's function that ``text`` calls, None if it has none in Python."""
-    methods = [kind.__str__, kind.__repr__] if text is str else [kind.__repr__]
-    written = [inspect.unwrap(method) for method in methods if isinstance(method, types.FunctionType)]
-    return written[0] if written else None
-
-
-class Written(VariableTracker):
-    """The text of an object inside a list that is written: without quotes."""
-
-    def __init__(self, text: Any, **options: Any) -> None:
-        super().__init__(**options)
-        self.text = text
-
-    def reconstruct(self, codegen: Any) -> None:
-        codegen.add_push_null(lambda: codegen.load_import_from(__name__, "Verbatim"))
-        codegen(self.text)
-        codegen.extend_output(create_call_function(1, False))
-
-
-class Verbatim(str):
-    """A text that is its own ``repr``."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
-
-
-def _may_change(value: Any, known: bool) -> bool:
-    """Whether what stands in ``value`` may differ when the graph has run."""
-    if isinstance(value, (list, tuple, dict)):
-        return any(_may_change(v, known) for v in (value.values() if isinstance(value, dict) else value))
-    if isinstance(value, (torch.Tensor, lazy.LazySymNodeFormatString)):
-        return True
-    return not known and not isinstance(value, _FIXED)
 
 
 # ---------------------------------------------------------------- at the end of the frame

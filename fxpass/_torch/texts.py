@@ -29,7 +29,8 @@ from ..errors import CaptureError
 from .abandoned import refuse_disabled
 from .dynamo_common import changed, fail, record_of_frame, user_line
 from .record import FrameRecord
-from .telling import Bar, Later, as_now, call_later
+from .shown import as_now
+from .telling import Bar, Later, call_later
 
 _TO_TEXT: tuple[Any, ...] = (str, repr, ascii, format)
 _DUMPS: tuple[Any, ...] = (json.dumps, json.dump, pprint.pprint, pprint.pformat, pprint.pp)
@@ -99,7 +100,7 @@ def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> 
             tx, function, args, kwargs, tells=function in (json.dump, pprint.pprint, pprint.pp)
         )
         return _text(later) if function in (json.dumps, pprint.pformat) else later
-    of_math = getattr(function, "__module__", "") == "math" and callable(function)
+    of_math = function is not None and getattr(function, "__module__", "") == "math"
     if of_math and not hasattr(torch, f"_sym_{function.__name__}") and any(map(_is_late_number, given)):
         return call_later(tx, function, args, kwargs)
     if of_math and any(isinstance(_real(a), Later) for a in given):
@@ -130,7 +131,9 @@ def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any])
 def refuse_unseen_changes(record: FrameRecord, effects: Any) -> None:
     """What such a call reads and writes is not known: the frame itself must change nothing that it might."""
     if record.unseen and changed(effects):
-        found = "a call that torch cannot trace stands inside a block, in a step that changes objects of its own"
+        found = (
+            "a call that torch cannot trace stands inside a block, in a step that changes objects of its own"
+        )
         hint = "move it after the block, or out of the compiled function"
         raise fail(CaptureError(found, where=record.unseen, hint=hint))
 

@@ -24,10 +24,13 @@ class Ways:
         self.instructions = list(dis.get_instructions(self.code))
         self._index = {instruction.offset: i for i, instruction in enumerate(self.instructions)}
 
+    def at(self, offset: int | None) -> int | None:
+        """The position of the instruction at ``offset``, None if that is not one of the function's own."""
+        return self._index.get(offset) if offset is not None else None
+
     def after(self, offset: int | None) -> int | None:
-        """The position behind the instruction at ``offset``, None if that is not one of the function's own."""
-        at = self._index.get(offset, None) if offset is not None else None
-        if at is None:
+        """The position behind it."""
+        if (at := self.at(offset)) is None:
             return None
         while at + 1 < len(self.instructions) and self.instructions[at + 1].opname in _NOTHING:
             at += 1
@@ -54,7 +57,7 @@ class Ways:
         return conditions > 0
 
     def reach(self, at: int | None, attribute: str, *, every: bool = True) -> int | None:
-        """The line of ``x.attribute``, if ``every`` way from ``at`` comes to one, or any; a loop ahead is entered."""
+        """The line of ``x.attribute``, if each way from ``at`` comes to one (or any); loops are entered."""
         if at is None:
             return None
         line, seen, todo = None, set[int](), [at]
@@ -74,6 +77,8 @@ class Ways:
                 target = self._target(instruction)
                 again = target <= at and self.instructions[target].opname == "FOR_ITER"
                 todo.append(self._target(self.instructions[target]) if again else target)
+                if not every:
+                    todo.append(target + 1)
             elif name not in ("RAISE_VARARGS", "RERAISE"):
                 todo.append(at + 1)
                 if "JUMP" in name:
