@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +19,11 @@ from tests.helpers import FP32, Mlp, batches, clone, compare, dynamo_settings, s
 Step = Callable[..., Any]
 
 
-def _item_between(net: Mlp, opt: Any) -> Step:
-    def step(x: Tensor, y: Tensor) -> None:
-        loss = mse_loss(net(x), y)
-        loss.backward()
-        print(loss.item())  # HERE
-        opt.step()
-
-    return step
-
-
-def _print_between(net: Mlp, opt: Any) -> Step:
+def _break_between(net: Mlp, opt: Any) -> Step:
     def step(x: Tensor, y: Tensor) -> None:
         opt.zero_grad()
         mse_loss(net(x), y).backward()
-        print("gradients are there")  # HERE
+        open(os.devnull).close()  # HERE
         opt.step()
 
     return step
@@ -50,8 +41,8 @@ def _branch_in_forward(net: Mlp, opt: Any) -> Step:
 
 def _break_in_a_loop(net: Mlp, opt: Any) -> Step:
     def step(x: Tensor, y: Tensor) -> None:
-        for p in net.first.parameters():
-            print(p.shape)  # HERE
+        for _ in net.first.parameters():
+            open(os.devnull).close()  # HERE
         mse_loss(net(x), y).backward()
         opt.step()
 
@@ -112,10 +103,9 @@ def _closure(net: Mlp, opt: Any) -> Step:
 
 
 ERRORS = [
-    (_item_between, CaptureError, "without an optimizer step"),
-    (_print_between, CaptureError, "without an optimizer step"),
+    (_break_between, CaptureError, "without an optimizer step"),
     (_branch_in_forward, CaptureError, "still need a backward"),
-    (_break_in_a_loop, CaptureError, "print"),
+    (_break_in_a_loop, CaptureError, "the graph breaks before"),
     (_no_step, CaptureError, "without an optimizer step"),
     (_no_backward, CaptureError, "no gradient"),
     (_other_loss_kept, CaptureError, "no backward"),
@@ -123,7 +113,7 @@ ERRORS = [
     (_create_graph, OptimizerError, "create_graph"),
     (_closure, OptimizerError, "closure"),
 ]
-BREAKS = (_item_between, _print_between, _branch_in_forward, _break_in_a_loop)
+BREAKS = (_break_between, _branch_in_forward, _break_in_a_loop)
 
 
 @pytest.mark.parametrize(("form", "kind", "message"), ERRORS, ids=lambda v: getattr(v, "__name__", "")[1:])

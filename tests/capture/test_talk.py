@@ -79,6 +79,8 @@ Say = Callable[[Tensor, Tensor, nn.Module, Trainer], Any]
 def _print(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> None:
     print("a string", x.shape, len(x), end="!\n", file=sys.stdout)
     print(loss.detach(), [loss.detach()], {"loss": loss.detach()})
+    for p in net.parameters():
+        print(p.shape)
 
 
 def _texts(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,51 +13,64 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import EAGER, FP32, Training, batches, compare
+from tests.helpers import EAGER, FP32, Training, batches, clone, compare, same
 
 Step = Callable[..., Any]
 
 
 def _net() -> nn.Module:
     """A model of torch's own modules, none of whose frames Dynamo compiles by itself."""
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
-def _print_in_a_loop(net: nn.Module, opt: Any) -> Step:
+@contextlib.contextmanager
+def _block() -> Iterator[None]:
+    yield
+
+
+def _break_in_a_loop(net: nn.Module, opt: Any) -> Step:
     def step(x: Tensor, y: Tensor) -> None:
         for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
             opt.zero_grad()
             loss = mse_loss(net(a), b)
-            print("", end="")  # HERE
+            open(os.devnull).close()  # HERE
             loss.backward()
             opt.step()
 
     return step
 
 
-def _item_in_a_loop(net: nn.Module, opt: Any) -> Step:
-    def step(x: Tensor, y: Tensor) -> float:
-        total = 0.0
-        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
-            opt.zero_grad()
-            loss = mse_loss(net(a), b)
-            loss.backward()
-            opt.step()
-            total += loss.item()  # HERE
-        return total
-
-    return step
-
-
-def _scheduler_in_a_loop(net: nn.Module, opt: Any) -> Step:
-    scheduler = torch.optim.lr_scheduler.ConstantLR(opt)
-
+def _break_after_the_update(net: nn.Module, opt: Any) -> Step:
     def step(x: Tensor, y: Tensor) -> None:
         for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
             opt.zero_grad()
             mse_loss(net(a), b).backward()
             opt.step()
-            scheduler.step()  # HERE
+            open(os.devnull).close()  # HERE
+
+    return step
+
+
+def _break_before_a_branch(net: nn.Module, opt: Any) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+            opt.zero_grad()
+            loss = mse_loss(net(a), b)
+            if loss > 100:  # HERE
+                continue
+            loss.backward()
+            opt.step()
+
+    return step
+
+
+def _break_in_a_loop_before(net: nn.Module, opt: Any) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        for _ in range(2):
+            open(os.devnull).close()  # HERE
+        opt.zero_grad()
+        mse_loss(net(x), y).backward()
+        opt.step()
 
     return step
 
@@ -65,10 +80,22 @@ def _break_in_a_try(net: nn.Module, opt: Any) -> Step:
         try:
             opt.zero_grad()
             mse_loss(net(x), y).backward()
-            print("", end="")  # HERE
+            open(os.devnull).close()  # HERE
             opt.step()
         finally:
             opt.zero_grad()
+
+    return step
+
+
+def _break_in_a_block(net: nn.Module, opt: Any) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        x = x * 1
+        with _block():
+            open(os.devnull).close()  # HERE
+            opt.zero_grad()
+            mse_loss(net(x), y).backward()
+            opt.step()
 
     return step
 
@@ -87,21 +114,73 @@ def _disabled(net: nn.Module, opt: Any) -> Step:
 
 
 @pytest.mark.parametrize(
-    "form", [_print_in_a_loop, _item_in_a_loop, _scheduler_in_a_loop, _break_in_a_try, _disabled]
+    "form",
+    [
+        _break_in_a_loop,
+        _break_after_the_update,
+        _break_before_a_branch,
+        _break_in_a_loop_before,
+        _break_in_a_try,
+        _break_in_a_block,
+        _disabled,
+    ],
 )
-def test_it_raises_before_anything_is_updated(form: Callable[[nn.Module, Any], Step]) -> None:
+def test_it_raises_before_anything_has_run(form: Callable[[nn.Module, Any], Step]) -> None:
     net = _net()
     opt = torch.optim.AdamW(net.parameters(), lr=0.1)
-    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    before = clone([net.state_dict(), [p.grad for p in net.parameters()], torch.get_rng_state()])
     mp = MixedPrecision(**FP32, max_norm=0.01)
-    with pytest.raises(CaptureError, match="about to run uncompiled") as error:
+    with pytest.raises(CaptureError) as error:
         torch.compile(form(net, opt), backend=mp)(*batches(1)[0])
     assert "test_uncompiled.py" in error.value.where
     line = int(error.value.where.split(":")[1].split()[0])
     with open(__file__) as file:
         assert "# HERE" in file.read().splitlines()[line - 1]
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+    after = [net.state_dict(), [p.grad for p in net.parameters()], torch.get_rng_state()]
+    same(after, before, "state", exact=True)
+    assert not opt.state
     assert error.value.hint
+
+
+def test_what_may_not_train_runs() -> None:
+    """A break in a loop of an evaluation, with the training of another call behind a condition."""
+    net = _net()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    @torch.compile(backend=MixedPrecision(**EAGER))
+    def evaluate(x: Tensor, y: Tensor, train: bool = False) -> Tensor:
+        loss = x.sum()
+        for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+            open(os.devnull).close()
+            with torch.set_grad_enabled(train):
+                loss = mse_loss(net(a), b)
+        if train:
+            loss.backward()
+            opt.step()
+        return loss
+
+    x, y = batches(1)[0]
+    net.eval()
+    same(evaluate(x, y), mse_loss(net(x.chunk(2)[1]), y.chunk(2)[1]).detach(), "loss")
+
+
+def test_a_loop_around_a_step_that_is_a_function() -> None:
+    def form(net: nn.Module, opt: Any) -> Step:
+        def one(x: Tensor, y: Tensor) -> None:
+            opt.zero_grad()
+            mse_loss(net(x), y).backward()
+            opt.step()
+
+        def step(x: Tensor, y: Tensor) -> None:
+            for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+                open(os.devnull).close()
+                one(a, b)
+
+        return step
+
+    compare(_training(form, lambda step: step), steps=2, handle=MixedPrecision(**EAGER))
 
 
 def _training(form: Callable[[nn.Module, Any], Step], make: Callable[[Step], Step]) -> Callable[[], Training]:
