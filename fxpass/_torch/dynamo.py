@@ -197,6 +197,7 @@ def _patches() -> Iterator[None]:
         patch(frame, "step_graph_break", abandoned.rest_hook(frame.step_graph_break))
         tx = symbolic_convert.InstructionTranslatorBase
         patch(tx, "log_graph_break", abandoned.log_hook(tx.log_graph_break))
+        patch(tx, "_format_value", texts.format_hook(tx._format_value))
         patch(tx, "call_function", texts.call_hook(tx.call_function))
         patch(tensor.TensorVariable, "method_tolist", texts.tolist_hook(tensor.TensorVariable.method_tolist))
         reasons = convert_frame.get_and_maybe_log_recompilation_reasons

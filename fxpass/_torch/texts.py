@@ -67,6 +67,22 @@ def _builtin_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) ->
     return None
 
 
+def format_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``InstructionTranslatorBase._format_value``, of f-strings: a float that changes is written later."""
+
+    def _format_value(self: Any, fmt_spec: Any, flags: int) -> None:
+        value = self.stack[-1].realize()
+        if not isinstance(value, SymNodeVariable) or value.python_type() is not float:
+            original(self, fmt_spec, flags)
+            return
+        self.pop()
+        conversion = ("", "!s", "!r", "!a")[flags & 3]
+        pattern = f"{{{conversion}:{fmt_spec.as_python_constant()}}}"
+        self.push(StringFormatVariable.create(pattern, [value], {}))
+
+    return _format_value
+
+
 def call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """``InstructionTranslatorBase.call_function``: every call that is written as one."""
 

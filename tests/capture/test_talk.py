@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -58,6 +60,7 @@ class Trainer:
         self.history: list[float] = []
         self.writer, self.meter = Writer(), Meter()
         self.calls = 0
+        self.note: Note | None = None
 
     def log(self, name: str, value: Any) -> None:
         self.metrics[name] = value.item() if isinstance(value, Tensor) else value
@@ -71,6 +74,18 @@ class Meter:
         self.sum += value * count
         self.count += count
         self.average = self.sum / self.count
+
+    def __str__(self) -> str:
+        return f"average {self.average:.3f} of {self.count}"
+
+    def __repr__(self) -> str:
+        return f"Meter({self.count})"
+
+
+@dataclasses.dataclass
+class Note:
+    rows: int
+    text: str
 
 
 Say = Callable[[Tensor, Tensor, nn.Module, Trainer], Any]
@@ -144,7 +159,22 @@ def _counted(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> None:
     me.calls += 1
 
 
-SAYS = [_print, _texts, _log, _warn, _history, _trainers, _gradients, _returned, _counted]
+def _objects(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> None:
+    """What an object says of itself then: what the step changes of it comes last."""
+    print(me.meter, [me.meter])
+    me.meter.update(loss.item(), len(x))
+    print(me.meter, f"{me.meter} {me.meter!r}", "%s" % me.meter)  # noqa: UP031
+    logger.warning("meter %s", me.meter)
+    note = Note(len(x), f"{loss.item():.3f}")
+    note.rows += 1
+    me.note = note
+    print(note, {"note": me.note}, me.note.rows)
+    print(me.metrics)
+    me.metrics["rows"] = len(x)
+    print(me.metrics)
+
+
+SAYS = [_print, _texts, _log, _warn, _history, _trainers, _gradients, _returned, _counted, _objects]
 
 
 def _step(net: nn.Module, opt: Any, say: Say, me: Trainer) -> Callable[[Tensor, Tensor], Any]:
@@ -198,12 +228,12 @@ def test_it_says_what_eager_says(say: Say, capsys: Any) -> None:
     assert actual[:2] == expected[:2]
     same(list(actual[2:]), list(expected[2:]), "numbers")
     assert mp.stats().steps == 3
-    assert len(mp.graphs) <= 2  # a dict that grows, a count that has changed once
+    assert len(mp.graphs) <= 3  # a dict that grows, a count that has changed once, then a float
 
 
 def test_all_of_it_under_the_default_options(capsys: Any) -> None:
     def say(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> Any:
-        for each in (_print, _texts, _log, _history, _gradients):
+        for each in (_texts, _history, _gradients, _objects):
             each(loss, x, net, me)
         return _returned(loss, x, net, me)
 
@@ -321,3 +351,75 @@ def test_a_tensor_shown_inside_a_checkpointed_region_has_the_line() -> None:
     with pytest.raises(CaptureError, match="checkpointed") as error:
         step(*batches(1)[0])
     assert "HERE" in error.value.where
+
+
+# ---------------------------------------------------------------- a block that breaks after the update
+
+
+@contextlib.contextmanager
+def _block() -> Iterator[None]:
+    yield
+
+
+def _write(rows: list[Any], value: Any) -> None:
+    with open(os.devnull):  # nothing that Dynamo traces
+        rows.append(value)
+
+
+def _in_a_block(say: Callable[[Any, Any, Tensor, list[Any]], Any], rows: list[Any]) -> Callable[[], Training]:
+    def build() -> Training:
+        rows.clear()
+        net = Mlp()
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            with _block():
+                opt.zero_grad()
+                loss = mse_loss(net(x), y)
+                loss.backward()
+                opt.step()
+                say(opt, scheduler, loss, rows)
+
+        return Training(step, [net], [opt])
+
+    return build
+
+
+def test_a_scheduler_in_a_block() -> None:
+    def say(opt: Any, scheduler: Any, loss: Tensor, rows: list[Any]) -> None:
+        scheduler.step(loss.item())
+        rows.append(scheduler.get_last_lr()[0])
+
+    rows: list[Any] = []
+    build = _in_a_block(say, rows)
+    eager = build()
+    eager.run(eager.step)
+    expected = list(rows)
+    compare(build, handle=MixedPrecision(**EAGER))
+    assert rows == expected
+    assert len(set(rows)) > 1
+
+
+def test_a_call_in_a_block_that_may_read_what_the_step_changes_is_refused() -> None:
+    def say(opt: Any, scheduler: Any, loss: Tensor, rows: list[Any]) -> None:
+        rows.append(1.0)
+
+    rows: list[Any] = []
+    build = _in_a_block(say, rows)
+    compare(build, handle=MixedPrecision(**EAGER))
+    assert rows == [1.0] * 3
+    net = Mlp()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        rows.append(len(rows))
+        with _block():
+            mse_loss(net(x), y).backward()
+            opt.step()
+            _write(rows, 2.0)  # HERE
+
+    with pytest.raises(CaptureError) as error:
+        torch.compile(step, backend=MixedPrecision(**EAGER))(*batches(1)[0])
+    assert "HERE" in str(error.value) or "devnull" in str(error.value)
+    assert rows == [1.0] * 3
