@@ -68,11 +68,11 @@ def _builtin_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) ->
 
 
 def format_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``InstructionTranslatorBase._format_value``, of f-strings: a float that changes is written later."""
+    """``InstructionTranslatorBase._format_value``, of f-strings: a number that changes is written later."""
 
     def _format_value(self: Any, fmt_spec: Any, flags: int) -> None:
         value = self.stack[-1].realize()
-        if not isinstance(value, SymNodeVariable) or value.python_type() is not float:
+        if not isinstance(value, SymNodeVariable):
             original(self, fmt_spec, flags)
             return
         self.pop()
