@@ -117,7 +117,8 @@ def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> 
         )
         return _text(later) if function in (json.dumps, pprint.pformat) else later
     of_math = function is not None and getattr(function, "__module__", "") == "math"
-    if of_math and not hasattr(torch, f"_sym_{function.__name__}") and any(map(_is_late_number, given)):
+    traced = hasattr(torch, f"_sym_{getattr(function, '__name__', '')}")
+    if of_math and not traced and any(map(_is_late_number, given)):
         return call_later(tx, function, args, kwargs)
     if of_math and any(isinstance(_real(a), Later) for a in given):
         return call_later(tx, function, args, kwargs)

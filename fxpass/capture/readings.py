@@ -41,12 +41,14 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.sym_max: torch.maximum,
     torch.sym_min: torch.minimum,
     torch.sym_not: torch.logical_not,
+    torch.sym_ite: lambda condition, a, b: torch.where(condition.bool(), a, b),
 }
 
 
 def read_afterwards(graph: Graph) -> set[int]:
     """Compute numbers that are only read as tensors; returns the outputs that are to be Python numbers."""
     made: dict[Node, Node] = {}
+    _drop_bounds_of_booleans(graph)
     for node in list(graph.nodes):
         kind = _KINDS.get(type(node.meta.get("example_value")))
         if kind is not None and (function := _as_tensors(node, made)) is not None:
@@ -63,6 +65,15 @@ def read_afterwards(graph: Graph) -> set[int]:
         if (node in made or node in made.values()) and not node.users:
             graph.erase_node(node)
     return numbers
+
+
+def _drop_bounds_of_booleans(graph: Graph) -> None:
+    """A boolean that is read is 0 or 1: Dynamo's assertions of that would read it in the middle."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default and isinstance(node.args[0], Node):
+            (bounded, *_) = node.args[0].all_input_nodes or [node]
+            if bounded.target is torch.sym_ite and not node.users:
+                graph.erase_node(node)
 
 
 def _as_tensors(node: Node, made: dict[Node, Node]) -> Callable[..., Any] | None:

@@ -9,6 +9,41 @@ import pytest
 import torch
 
 NAMES = """
+torch._dynamo.bytecode_transformation.create_call_function
+torch._dynamo.bytecode_transformation.create_instruction
+torch._dynamo.config.capture_scalar_outputs
+torch._dynamo.exc.UnspecializeRestartAnalysis
+torch._dynamo.exc.Unsupported
+torch._dynamo.exc.UserError
+torch._dynamo.guards.GuardBuilder.ID_MATCH
+torch._dynamo.output_graph.OutputGraph.install_global_by_id
+torch._dynamo.side_effects.SideEffects.codegen_hooks
+torch._dynamo.side_effects.SideEffects.is_empty
+torch._dynamo.side_effects.SideEffects.is_modified
+torch._dynamo.side_effects.SideEffects.prune_dead_object_new
+torch._dynamo.source.GlobalSource
+torch._dynamo.symbolic_convert.InliningInstructionTranslator.inline_call
+torch._dynamo.symbolic_convert.InstructionTranslator.run
+torch._dynamo.symbolic_convert.InstructionTranslator.should_compile_partial_graph
+torch._dynamo.symbolic_convert.InstructionTranslator.step_graph_break
+torch._dynamo.symbolic_convert.InstructionTranslatorBase._format_value
+torch._dynamo.symbolic_convert.InstructionTranslatorBase.call_function
+torch._dynamo.symbolic_convert.InstructionTranslatorBase.log_graph_break
+torch._dynamo.variables.base.AttributeMutationNew
+torch._dynamo.variables.base.ValueMutationNew
+torch._dynamo.variables.builtin.BuiltinVariable.call_function
+torch._dynamo.variables.ctx_manager.NullContextVariable
+torch._dynamo.variables.dicts.ConstDictVariable
+torch._dynamo.variables.functions.WrapperUserFunctionVariable.call_function
+torch._dynamo.variables.lazy.LazySymNodeFormatString
+torch._dynamo.variables.lazy.LazyVariableTracker.peek_value
+torch._dynamo.variables.misc.GetAttrVariable
+torch._dynamo.variables.misc.StringFormatVariable.create
+torch._dynamo.variables.tensor.TensorVariable._warn_capture_scalar_outputs
+torch._dynamo.variables.tensor.TensorVariable.method_tolist
+torch._dynamo.variables.user_defined.UserDefinedObjectVariable
+torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode
+torch.fx.experimental.symbolic_shapes.free_unbacked_symbols
 torch._dynamo.convert_frame._compile
 torch._dynamo.convert_frame.get_and_maybe_log_recompilation_reasons
 torch._dynamo.config.accumulated_recompile_limit

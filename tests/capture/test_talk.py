@@ -245,10 +245,11 @@ def test_all_of_it_under_the_default_options(capsys: Any) -> None:
     assert len(mp.graphs) <= 2  # a float that has changed
 
 
-def test_no_number_waits_in_the_graph() -> None:
+@pytest.mark.parametrize("say", [_history, _returned], ids=lambda say: say.__name__[1:])
+def test_no_number_waits_in_the_graph(say: Say) -> None:
     net = Mlp()
     mp = MixedPrecision(**EAGER)
-    step = _step(net, torch.optim.SGD(net.parameters(), lr=0.1), _history, Trainer())
+    step = _step(net, torch.optim.SGD(net.parameters(), lr=0.1), say, Trainer())
     torch.compile(step, backend=mp)(*batches(1)[0])
     assert "local_scalar" not in mp.graphs[0].before
 
