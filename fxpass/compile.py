@@ -35,7 +35,7 @@ from .passes.pipeline import run_pipeline
 from .record import GraphRecord
 from .runtime.report import Reporter
 from .runtime.state import ScalerState
-from .runtime.step import CompiledStep, Extras, OptimizerBinding
+from .runtime.step import CompiledStep, Extras, OptimizerBinding, fields_of
 from .runtime.watch import Column, Watch
 
 
@@ -149,10 +149,11 @@ class _Compilation:
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
         device = checks.device_of([e.optimizer() for e in events], self.inputs)
-        self.watch = Watch.make(len(self.record.leaf_grads), device) if events else None
-        extras = Extras(scaler, self.watch, device)
         keep_grads = self.options.grads == "keep"
-        self.captured = capture(self.gm, self.record, events, extras.fields, keep_grads=keep_grads)
+        fields = fields_of(scaler) if events else []
+        self.captured = capture(self.gm, self.record, events, fields, keep_grads=keep_grads)
+        self.watch = Watch.make(len(self.captured.gradients), device) if events else None
+        extras = Extras(scaler, self.watch, device)
         extras.bindings = [_binding(event) for event in events]
         not_inference = checks.still_requires_grad(self.record, self.state.last_break)
         call = _torch.trace(self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference)
@@ -164,7 +165,7 @@ class _Compilation:
             sorted(self.captured.numbers),
             self.captured.kept,
             self._cleared(),
-            self.options.grads == "drop",
+            self._dropped() if self.options.grads == "drop" else [],
             self.state.reporter,
             checks.module_hooks_stay(self.record),
         )
@@ -209,15 +210,22 @@ class _Compilation:
             for slot in event.params
         }
         for mark in step.checked:
-            leaf = step.gradients[mark].leaf
+            gradient = step.gradients[mark]
+            name = gradient.name if gradient.leaf is None else step.names[gradient.leaf]
+            weight = (lambda: None) if gradient.leaf is None else weights.get(gradient.leaf, lambda: None)
             sampled = step.tiny[mark][2] if mark in step.tiny else 0
-            watch.columns.append(Column(step.names[leaf], sampled, weights.get(leaf, lambda: None)))
+            watch.columns.append(Column(name, sampled, weight))
         self.state.watches.append(watch)
 
     def _cleared(self) -> list[Slot]:
         """Parameters whose ``.grad`` is None after the step."""
         params = (item for event in self.events for item in event.all_params.items())
         return [slot for slot, node in params if node in self.record.cleared]
+
+    def _dropped(self) -> list[Slot]:
+        """Parameters whose gradient does not outlive the step: all but those whose tensor the user keeps."""
+        params = (item for event in self.events for item in event.all_params.items())
+        return [slot for slot, node in params if node not in self.captured.in_place]
 
     def _lap(self, stage: str) -> None:
         now = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
-from .aot import grad_with_forward_links as grad_with_forward_links
 from .aot import python_values as python_values
 from .aot import trace as trace
 from .dynamo import install as install
@@ -13,6 +12,14 @@ from .dynamo_optimizer import optimizer_step as optimizer_step
 from .fake import fake_tensors as fake_tensors
 from .fake import has_cuda as has_cuda
 from .fake import is_fake as is_fake
+from .gradients import GRADIENT_CALLS as GRADIENT_CALLS
+from .gradients import enters_forward_mode as enters_forward_mode
+from .gradients import gradient_arguments as gradient_arguments
+from .gradients import gradient_calls as gradient_calls
+from .gradients import is_wrapped as is_wrapped
+from .gradients import with_forward_links as with_forward_links
+from .gradients import with_marks as with_marks
+from .gradients import wraps as wraps
 from .handles import backend_of as backend_of
 from .handles import innermost as innermost
 from .handles import is_argument as is_argument

@@ -116,21 +116,3 @@ def python_values(truth: Callable[[torch.Tensor], bool]) -> Iterator[None]:
         for name, method in methods.items():
             stack.enter_context(mock.patch.object(FunctionalTensor, name, method))
         yield
-
-
-def grad_with_forward_links(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """``torch.autograd.grad`` whose backward nodes carry the sequence number of their forward node.
-
-    AOTAutograd sets this up for graphs it differentiates itself; in a step that
-    calls backward() it does not, and a pass could not tell which operation a
-    backward node belongs to.
-    """
-    from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
-
-    roots = [
-        t.grad_fn
-        for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs])
-        if t.grad_fn is not None
-    ]
-    setup_stacktrace_preservation_hooks(roots)
-    return torch.autograd.grad(outputs, inputs, *args, **kwargs)

@@ -55,6 +55,7 @@ from .dynamo_common import (
 from .dynamo_hooks import after_accumulation, hooked_gradient, refuse_backward_hooks, refuse_retain_grad
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
 from .eager import watch_backward
+from .gradients import behind, mixed_modes, traversed, values_of_transforms
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .once import once_hook
@@ -98,7 +99,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             _trains[args[0]] = bool(record.events)
             return result
         except Exception as error:
-            ours = record.error or _fxpass_cause(error) or unsettled(record)
+            ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)
             if ours is None:
                 _note_failure(record, error)
                 raise
@@ -221,8 +222,10 @@ def _restart_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo makes one OutputGraph per attempt: after a restart the record starts anew."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        record_of_frame().restart()
+        record = record_of_frame()
+        record.restart()
         original(self, *args, **kwargs)
+        record.graph = weakref.ref(self.graph)
 
     return __init__
 
@@ -269,31 +272,31 @@ def _backward(
         raise fail(debugging.anomaly(user_line()))
     if retain_graph is not None and is_none(retain_graph):
         retain_graph = None
-    if create_graph is not None and create_graph.is_python_constant() and create_graph.as_python_constant():
-        hint = "take the second derivative with torch.autograd.grad outside the compiled step"
-        raise fail(OptimizerError("backward(create_graph=True)", where=user_line(), hint=hint))
+    # differentiable gradients get no marks here: capture decides which of them have a scale
+    again = create_graph is not None and bool(create_graph.as_python_constant())
     leaves = [v for v in _leaves(self, tx, inputs) if v.dtype.is_floating_point]
     number = len(record.backwards)
     record.backwards.append(user_line())
     loss = self.as_proxy().node.meta["example_value"]
-    through = output_graph.collect_reachable_grad_fns([(loss, None)])
-    record.traversed |= {fn for fn in through if type(fn).__name__ != "AccumulateGrad"}  # a leaf is anybody's
+    record.traversed |= behind([loss])
     if not leaves:
         return ConstantVariable.create(None)
     with no_grad(tx):
         seed = gradient if gradient is not None and not is_none(gradient) else call(tx, torch.ones_like, self)
-        seed = call(tx, MARK, seed, SEED, number)
-    kwargs = {"allow_unused": True, "grad_outputs": seed}
+        seed = seed if again else call(tx, MARK, seed, SEED, number)
+    kwargs = {"allow_unused": True, "grad_outputs": seed, **({"create_graph": True} if again else {})}
     if retain_graph is not None:
         kwargs["retain_graph"] = retain_graph
     grads = call(tx, torch.autograd.grad, self, TupleVariable(leaves), **kwargs)
-    with no_grad(tx):
+    with contextlib.nullcontext() if again else no_grad(tx):
         for position, leaf in enumerate(leaves):
             grad = grads.call_method(tx, "__getitem__", [ConstantVariable.create(position)], {})
             if is_none(grad):
                 continue
-            grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
-            record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
+            record.reached = True
+            if not again:
+                grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
+                record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
             grad = hooked_gradient(tx, leaf, grad)
             old = leaf.var_getattr(tx, "grad")
             if not is_none(old):
@@ -334,15 +337,19 @@ def _note_consumed_outputs(self: Any, rv: list[Any], tx: Any) -> None:
     The backend detaches them: in eager they still carry a graph, but one that
     raises when it is used (or holds all activations, after retain_graph=True).
     """
-    consumed = self.autograd_grad_consumed_grad_fns | record_of_frame().traversed
+    record = record_of_frame()
+    consumed = self.autograd_grad_consumed_grad_fns | record.traversed
+    consumed |= traversed(self.graph) if record.events else set()
+    within = values_of_transforms(self.graph) if record.events else set()
     for variable in rv:
         if not isinstance(variable, tensor.TensorVariable) or not variable.requires_grad:
             continue
-        fake = variable.as_proxy().node.meta["example_value"]
+        node = variable.as_proxy().node
+        fake = node.meta["example_value"]
         if fake.grad_fn is not None:
             reachable = output_graph.collect_reachable_grad_fns([(fake, None)])
-            if reachable & consumed:
-                record_of_frame().consumed.add(variable.as_proxy().node.name)
+            if reachable & consumed or node in within:
+                record.consumed.add(node.name)
 
 
 def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -138,7 +138,6 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
             params,
             [d for d, _ in dynamic],
             user_line(),
-            len(record.backwards),
         )
     )
     arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])

@@ -17,7 +17,7 @@ from ..ir.slots import Slot
 class LeafGrad:
     """One gradient leaving one ``backward()``: which leaf it belongs to."""
 
-    backward: int
+    backward: int | None  # by its SEED mark; None: no backward() with a scale led to it
     leaf: str  # name of the leaf's placeholder in Dynamo's graph
 
 
@@ -40,7 +40,6 @@ class StepEvent:
     params: list[StepParam]
     dynamic: list[Slot]  # settings passed as tensors, or set by the step
     where: str
-    backwards: int  # backward() calls traced before it
 
     def live(self) -> torch.optim.Optimizer:
         """The optimizer object; Dynamo guards on its identity, so it is alive when this is called."""
@@ -56,9 +55,11 @@ class FrameRecord:
     backend: Any
     code: CodeType | None = None
     limit: int = 8  # how often one code may be compiled for the same objects: torch's setting
+    graph: weakref.ref[torch.fx.Graph] | None = None  # that Dynamo writes
     recompile_reason: str = ""  # the guard that failed, if the frame was compiled before
     backwards: list[str] = field(default_factory=list)  # user line of each backward()
     leaf_grads: list[LeafGrad] = field(default_factory=list)
+    reached: bool = False  # a backward() led to a leaf
     reads: int = 0  # READ marks: gradients that an optimizer reads
     optimizers: list[weakref.ref[torch.optim.Optimizer]] = field(default_factory=list)  # by their number
     events: list[StepEvent] = field(default_factory=list)

@@ -43,6 +43,9 @@ PINNED_ARGUMENTS = frozenset(
 # Arguments of NORM operators that follow the activations.
 ACTIVATIONS = frozenset({"input", "grad_out", "grad_output", "X", "dY"})
 
+# Arguments (by schema name) that only the kernel which made them can read.
+_SAVED = frozenset("logsumexp philox_seed philox_offset rng_state reserve reserveSpace workspace".split())
+
 # Operators that add: a small operand counts by its size beside values near 1.
 SUMS = frozenset("add sub rsub".split())
 # Operators that bound their operand.
@@ -184,6 +187,12 @@ def colour_of(target: object) -> Colour | None:
     if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims"):
         return None
     return COLOURS.get(op_name(target))
+
+
+def has_saved_state(node: Node) -> bool:
+    """Whether a backward reads what one kernel has saved for it, in the dtype that it ran in."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.name in _SAVED for a in schema.arguments)
 
 
 def read_by_low_only(node: Node, kept: AbstractSet[Node]) -> bool:

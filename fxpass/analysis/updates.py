@@ -56,6 +56,16 @@ def gradients_behind(nodes: set[Node]) -> list[Node]:
     return marks_behind(nodes, GRAD)
 
 
+def gradients_before(marks: set[Node]) -> set[Node]:
+    """The GRAD marks that ``marks`` depend on by way of a later forward: the first backward of SAM."""
+    found: set[Node] = set()
+    new = marks
+    while new:
+        new = set(marks_behind({source(mark) for mark in new}, GRAD, guarded=True)) - found
+        found |= new
+    return found - marks
+
+
 def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[Node]:
     """The marks of ``role`` that values depend on, up to the GRAD marks.
 

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from .. import _torch
 from ..errors import CaptureError
 from ..ir.slots import Slot
+from . import gradients
 from .breaks import Break
 from .events import Event
 
@@ -31,7 +32,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
     broke = Break(record.break_reason, record.break_where, record.break_inside) or last_break or Break()
     where = broke.where
     _refuse_sparse(gm)
-    if record.backwards and not record.leaf_grads:
+    if record.backwards and not record.reached:
         found = "backward() reached no parameter: nothing in the loss requires grad"
         if broke:
             hint = broke.hint
@@ -48,11 +49,8 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
         )
     for event in record.events:
         with_grad = [p for p in event.params if p.read is not None]
-        if not record.leaf_grads or not with_grad:
-            hint = (
-                "compile the whole step: forward, loss.backward() and optimizer.step() in one function; "
-                "gradients of torch.autograd.grad are not scaled and do not count"
-            )
+        if not (record.reached or gradients.computes_gradients(gm.graph, event.index)) or not with_grad:
+            hint = "compile the whole step: forward, loss.backward() and optimizer.step() in one function"
             raise CaptureError(
                 _found("optimizer.step() finds no gradient of the compiled function", broke, "it")
                 if broke
@@ -60,6 +58,10 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
                 where=where or event.where,
                 hint=broke.hint if broke else hint,
             )
+    if not record.events and (by_hand := gradients.updated_by_hand(gm.graph)):
+        hint = "leave the update to an optimizer (torch.optim.SGD, say): p.grad = g, then optimizer.step()"
+        found = "a parameter is updated from its gradient by hand, where no step can be skipped"
+        raise CaptureError(found, where=_user_line(by_hand), hint=hint)
     escaping = _outputs_requiring_grad(gm, record)
     if escaping and not record.backwards:
         hint = (

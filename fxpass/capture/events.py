@@ -26,7 +26,7 @@ class Event:
     lr: list[Slot]  # one for each param group
     dynamic: list[Slot]  # settings that Dynamo's graph computes, in the order of the node's arguments
     where: str
-    backwards: int  # backward() calls before it
+    backwards: int = 0  # what comes before it: calls of backward() and of others that take scaled gradients
     # what it adds to the graph's inputs, beside what an earlier step() of the optimizer has added
     state: dict[Slot, Tensor] = field(default_factory=dict)  # each with its form: see optim_state.state_of
     settings: list[Slot] = field(default_factory=list)
@@ -68,5 +68,4 @@ def _event(found: _torch.StepEvent, names: Mapping[str, str]) -> Event:
         [Slot(found.number, g, key="lr") for g in range(len(found.live().param_groups))],
         found.dynamic,
         found.where,
-        found.backwards,
     )

@@ -9,7 +9,7 @@ gradient, is the data flow of the ATen graph, in which nothing is written in pla
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -21,18 +21,19 @@ from ..ir.marks import GRAD, MARK, OLD, READ, SEED, UPDATE
 
 STEPS = "fxpass_steps"  # how many optimizer steps came before
 FOLLOWED = "fxpass_followed"  # whether autograd follows the operation
+UNSCALED = "fxpass_unscaled"  # whether the operation computes a gradient without the loss scale
 aten = torch.ops.aten
 
 
-def declare(graph: Graph) -> None:
-    """Annotate the operations of Dynamo's graph."""
+def declare(graph: Graph, differentiated: Container[Node]) -> None:
+    """Annotate the operations of Dynamo's graph; ``differentiated``: those that a backward may reach."""
     enabled, steps = True, 0
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-        followed = enabled and any(
-            isinstance(v, Tensor) and v.requires_grad for v in _flat(node.meta.get("example_value"))
-        )
+        values = _flat(node.meta.get("example_value"))
+        followed = enabled and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+        followed = followed and node in differentiated
         if node.op in ("call_function", "call_method", "call_module"):
             facts = {STEPS: steps, FOLLOWED: followed}
             node.meta["custom"] = {**(node.meta.get("custom") or {}), **facts}
@@ -77,6 +78,8 @@ def set_phases(step: StepGraph, data: set[Node]) -> None:
                 node.meta["fxpass_phase"] = Phase.GRADIENT
     for node in _own(step, nodes, followed, data):
         node.meta["fxpass_own"] = True
+    for node in _unscaled(nodes):
+        node.meta["fxpass_unscaled"] = True
 
 
 def _declared(nodes: list[Node]) -> tuple[dict[Node, int], set[Node]]:
@@ -100,9 +103,13 @@ def _known_phase(node: Node) -> Phase:
         return Phase.OUTPUT
     if (node.meta.get("custom") or {}).get("fxpass") == "update":
         return Phase.UPDATE
-    if node.meta.get("autograd_backward") or _is(node, SEED):
+    if node.meta.get("autograd_backward") or _is(node, SEED) or _is_unscaled(node):
         return Phase.BACKWARD
     return Phase.GRADIENT if node.target is MARK else Phase.FORWARD
+
+
+def _is_unscaled(node: Node) -> bool:
+    return bool((node.meta.get("custom") or {}).get(UNSCALED))
 
 
 def _is(node: Node, role: str) -> bool:
@@ -117,6 +124,20 @@ def _ancestors(nodes: Iterable[Node]) -> set[Node]:
             if node not in found:
                 found.add(node)
                 stack.append(node)
+    return found
+
+
+def _unscaled(nodes: list[Node]) -> set[Node]:
+    """Gradients without the loss scale, and what a later backward makes of them before its own come in."""
+    scaled: set[Node] = set()
+    found: set[Node] = set()
+    for node in nodes:
+        if phase(node) is not Phase.BACKWARD:
+            continue
+        if _is(node, SEED) or not scaled.isdisjoint(node.all_input_nodes):
+            scaled.add(node)
+        elif _is_unscaled(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 

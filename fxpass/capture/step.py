@@ -21,7 +21,7 @@ from ..errors import CaptureError
 from ..ir.graph import Gradient, Read, Role, StepGraph, Update
 from ..ir.marks import GRAD, READ, UPDATE
 from ..ir.slots import Slot
-from . import optim, optim_state, phases
+from . import gradients, optim, optim_state, phases
 from .casts import spell_out_casts
 from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
@@ -38,7 +38,7 @@ class Captured:
 
     gm: GraphModule
     events: list[Event]
-    leaf_grads: list[_torch.LeafGrad]  # by GRAD mark
+    gradients: list[_torch.LeafGrad]  # by GRAD mark
     inputs: list[Node]  # Dynamo's placeholders; those of the scaler's fields and of slots follow them
     scaler: dict[str, Node] = field(default_factory=dict)
     slots: dict[Slot, Node] = field(default_factory=dict)  # parameters that are updated too
@@ -48,6 +48,7 @@ class Captured:
     # output that is a gradient, the placeholder of the .grad before
     handed_over: list[tuple[int, str | None]] = field(default_factory=list)
     numbers: set[int] = field(default_factory=set)  # outputs that the caller gets as Python numbers
+    in_place: set[str] = field(default_factory=set)  # placeholders of parameters whose .grad stays
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
 
 
@@ -73,16 +74,20 @@ def capture(
     new_gm = GraphModule(gm, graph)
     by_name = {old.name: new for old, new in copies.items()}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    captured = Captured(new_gm, events, record.leaf_grads, placeholders)
+    captured = Captured(new_gm, events, list(record.leaf_grads), placeholders)
     inputs = _ExtraInputs(graph, placeholders)
     captured.scaler = {name: inputs.add() for name in scaler_fields}
-    phases.declare(graph)
+    phases.declare(graph, gradients.differentiated(graph))
+    captured.in_place = gradients.written_in_place(graph)
+    scaled, found = gradients.mark_gradients(graph, len(record.backwards), len(record.leaf_grads))
+    captured.gradients += found
     captured.data = [n.name for n in placeholders if phases.is_data(n)]
+    backwards = 0
     for node in list(graph.nodes):
         if node.target is _torch.optimizer_step:
+            events[node.args[0]].backwards = backwards
             _expand_optimizer(node, captured, inputs, by_name)
-        elif node.target is torch.autograd.grad:
-            node.target = _torch.grad_with_forward_links
+        backwards += node in scaled
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     captured.numbers = read_afterwards(graph)
     _annotate_autocast(graph)
@@ -177,7 +182,8 @@ def _finish_outputs(
     if keep_grads:
         slots = {name: slot for event in captured.events for slot, name in event.all_params.items()}
         captured.kept = [slots[param] for param, _ in record.kept]
-        results += [by_name[grad] for _, grad in record.kept]
+        with graph.inserting_before(output):  # gradients with a graph of their own, maybe
+            results += [graph.call_method("detach", (by_name[grad],)) for _, grad in record.kept]
     output.args = (tuple(results),)
 
 
@@ -233,9 +239,9 @@ def _read_marks(step: StepGraph, captured: Captured, by_name: Mapping[str, Node]
     A mark that nothing needs is gone: of a gradient that no optimizer looks at, say.
     """
     grads, reads, updates = (step.numbered(role) for role in (GRAD, READ, UPDATE))
-    for number, grad in enumerate(captured.leaf_grads):
+    for number, grad in enumerate(captured.gradients):
         if number in grads:
-            step.gradients[grads[number]] = Gradient(by_name[grad.leaf], grad.backward)
+            step.gradients[grads[number]] = Gradient(by_name.get(grad.leaf), grad.leaf, grad.backward)
     for event in captured.events:
         found = [(reads[n], slot) for slot, n in event.reads.items() if n in reads]
         step.reads += [Read(mark, slot, event.index) for mark, slot in found]

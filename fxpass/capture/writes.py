@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .. import _torch
+
 UPDATES = "fxpass_updates"  # key in the metadata of an optimizer's node: what it writes
 _OPERATORS = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split())
 
@@ -51,7 +53,8 @@ def written(node: Node) -> list[Node]:
 def storages(node: Node) -> set[int]:
     """The storages that a value of Dynamo's graph lies in."""
     values = _flat(node.meta.get("example_value"))
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor) and not v.is_sparse}
+    tensors = (v for v in values if isinstance(v, Tensor) and not (v.is_sparse or _torch.is_wrapped(v)))
+    return {v.untyped_storage()._cdata for v in tensors}
 
 
 def _inplace(node: Node) -> bool:

@@ -58,8 +58,9 @@ class Origin:
 class Gradient:
     """What leaves a ``backward()``."""
 
-    leaf: Node  # the input whose gradient it is
-    backward: int
+    leaf: Node | None  # the input whose gradient it is, None if it is no input's
+    name: str  # of that input, or of another value, in Dynamo's graph
+    backward: int | None  # the SEED mark that it comes from; None: nothing scaled led to it
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ def phase(node: Node) -> Phase:
 def is_own(node: Node) -> bool:
     """Whether the node makes a new value for a weight or buffer without autograd: in the user's precision."""
     return bool(node.meta.get("fxpass_own"))
+
+
+def is_unscaled(node: Node) -> bool:
+    """Whether the node computes a gradient that has no loss scale: in float32."""
+    return bool(node.meta.get("fxpass_unscaled"))
 
 
 def origin(node: Node) -> Origin | None:

@@ -9,6 +9,8 @@ reads them off the ATen graph and erases them, so no mark is ever executed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,20 @@ def _mark(x: Tensor, role: str, index: int, old: Tensor | None = None) -> Tensor
 @_mark.register_fake
 def _(x: Tensor, role: str, index: int, old: Tensor | None = None) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _identity(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad, None, None, None
+
+
+_mark.register_autograd(_identity)
+
+
+@_mark.register_vmap
+def _(
+    info: Any, in_dims: Any, x: Tensor, role: str, index: int, old: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    return MARK(x, role, index, old), in_dims[0]  # gradients per sample: one mark on all of them
 
 
 MARK = torch.ops.fxpass.mark.default

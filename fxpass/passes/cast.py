@@ -23,12 +23,13 @@ from ..analysis.policy import (
     colour_of,
     has_number_beyond,
     has_number_lost,
+    has_saved_state,
     op_name,
     read_by_low_only,
 )
 from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, origin, phase, source, tensor
+from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, origin, phase, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
 
@@ -115,7 +116,7 @@ class _Caster:
             self._replace(node, source(node, 1), tensor(source(node)).dtype, "stored value")
         elif node.target is MARK and node.args[1] in (SEED, GRAD):
             self._visit_mark(node)
-        elif (colour := self._colour(node)) is None:
+        elif (colour := self._colour(self._read_unscaled(node))) is None:
             self._cast_args(node, lambda n, _: self._own(n), "runs as in the uncompiled step")
             self.edit.touched.discard(node)  # it reads what it always read
             return
@@ -127,6 +128,13 @@ class _Caster:
             self.wide.add(node.meta.get("seq_nr"))
         if op_name(node.target) in ("_softmax", "_safe_softmax"):
             self._store_softmax(node)
+
+    def _read_unscaled(self, node: Node) -> Node:
+        """``node``, reading gradients as the user sees them: in float32, once they are unscaled."""
+        for value in node.all_input_nodes if phase(node) in (Phase.FORWARD, Phase.BACKWARD) else ():
+            if value.target is MARK and value.args[1] == GRAD and self._changed(value):
+                self._replace(node, value, self._own(value), "a gradient that is read again has no scale")
+        return node
 
     def _own(self, node: Node) -> torch.dtype:
         """The dtype of a value in the uncompiled step."""
@@ -157,6 +165,9 @@ class _Caster:
             self.unknown[str(node.target)] = self.unknown.get(str(node.target), 0) + 1
             return None
         name = op_name(node.target)
+        unscaled = phase(node) is Phase.BACKWARD and any(map(is_unscaled, (node, *node.all_input_nodes)))
+        if unscaled and colour is not Colour.HIGH and name not in VIEWS and not has_saved_state(node):
+            return Colour.HIGH
         if name in ("_softmax", "_safe_softmax") and read_by_low_only(node, self.kept):
             return Colour.FOLLOW
         if name == "_softmax_backward_data" and tensor(source(node, 1)).dtype == self.low:

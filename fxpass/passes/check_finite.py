@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from ..analysis.updates import gradients_behind
+from ..analysis.updates import gradients_before, gradients_behind
 from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, is_float, origin, phase, seed_losses, source, tensor
@@ -48,16 +48,20 @@ class CheckFinite(GraphPass):
             edit.decline("no optimizer step")
             return
         step.sources = {read.mark: set(gradients_behind({read.mark})) for read in step.reads}
-        read_by_any = set[Node]().union(*step.sources.values())
+        before = {read: gradients_before(marks) for read, marks in step.sources.items()}
+        read_by_any = set[Node]().union(*step.sources.values(), *before.values())
         born = _born(step)
         for mark in step.marks(GRAD):
             if mark in read_by_any and tensor(mark).numel() != 0:
                 self._reduce(step, edit, mark)
         step.checked = sorted(step.largest, key=born.__getitem__)
-        self._decide(step, edit)
+        self._decide(step, edit, before)
 
-    def _decide(self, step: StepGraph, edit: Editor) -> None:
-        """Combine what was reduced to one verdict per optimizer."""
+    def _decide(self, step: StepGraph, edit: Editor, before: dict[Node, set[Node]]) -> None:
+        """Combine what was reduced to one verdict per optimizer.
+
+        ``before``: gradients that a read depends on by way of a later forward, which may hide their overflow.
+        """
         stored: dict[Node, list[Node]] = {}
         edited: dict[Node, list[Node]] = {}
         suspects = _Suspects(step, edit)
@@ -69,6 +73,8 @@ class CheckFinite(GraphPass):
                 edited[read] = [_largest(edit, read)]
             else:
                 stored[read] = [step.largest[mark] for mark in ordered]
+            earlier = [mark for mark in step.gradients if mark in before[read] and mark in step.largest]
+            stored[read] += [value for mark in earlier if (value := suspects.of(mark)) is not None]
             step.deciding[read] = stored[read] + edited.get(read, [])
         event_of = {read.mark: read.event for read in step.reads}
         verdicts: dict[tuple[Node, ...], Node] = {}
@@ -119,9 +125,10 @@ class _Suspects:
 
     def of(self, mark: Node) -> Node | None:
         """What is to be finite beside the edited gradient; None if the scale is above all suspicion."""
-        if not self.possible:
+        backward = self.step.gradients[mark].backward
+        if not self.possible or backward is None:
             return None
-        cleared = self._is_cleared(self.step.gradients[mark].backward)
+        cleared = self._is_cleared(backward)
         with self.edit.after(self.edit.last((cleared, self.step.largest[mark]))):
             return self._call(aten.where.ScalarSelf, cleared, 0.0, self.step.largest[mark])
 

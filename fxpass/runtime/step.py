@@ -61,6 +61,11 @@ class OptimizerBinding:
         return self.numbers
 
 
+def fields_of(scaler: ScalerState) -> list[str]:
+    """What each tensor is that a graph with an optimizer reads of the scaler and the watch."""
+    return [*scaler.fields, WATCH, REPORT]
+
+
 @dataclass
 class Extras:
     """What a graph reads beyond Dynamo's inputs: the scaler and the watch, then what each binding has.
@@ -72,11 +77,6 @@ class Extras:
     watch: Watch | None  # None: no optimizer steps, and nothing is read
     device: torch.device
     bindings: list[OptimizerBinding] = field(default_factory=list)
-
-    @property
-    def fields(self) -> list[str]:
-        """What each of the scaler's tensors is."""
-        return [] if self.watch is None else [*self.scaler.fields, WATCH, REPORT]
 
     def tensors(self) -> list[Tensor]:
         """The live tensors."""
@@ -101,7 +101,7 @@ class CompiledStep:
     numbers: list[int]  # outputs that the caller gets as Python numbers
     kept: list[Slot]  # parameters whose .grad receives the outputs after the first `outputs`
     cleared: list[Slot]  # parameters whose .grad becomes None
-    drop_grads: bool
+    dropped: list[Slot]  # of those whose .grad becomes None if there is one
     reporter: Reporter
     holds: Callable[[], None]  # raises if what the capture took for granted has changed
 
@@ -124,12 +124,10 @@ class CompiledStep:
             param.grad = _as_eager(grad, param)
         for slot in self.cleared:
             self._read(slot).grad = None
-        if self.drop_grads:
-            for optimizer in self.optimizers.values():
-                for group in optimizer().param_groups:
-                    for param in group["params"]:
-                        if param.grad is not None:
-                            param.grad = None
+        for slot in self.dropped:
+            param = self._read(slot)
+            if param.grad is not None:
+                param.grad = None
 
     def _read(self, slot: Slot) -> Tensor:
         return slot.read(self.optimizers[slot.optimizer]())
