@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
-from .compile import StepState, compile_frame
+from .compile import StepState, compile_frame, counters_of
 from .errors import FxpassError, OptionError
 from .options import Options, check_inductor, check_names
 from .record import GraphRecord
@@ -164,4 +164,4 @@ def _find(compiler_fn: Any) -> MixedPrecision | None:
     return handle
 
 
-_torch.install(_find)
+_torch.install(_find, counters_of)

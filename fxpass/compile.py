@@ -19,8 +19,9 @@ from torch.fx import GraphModule
 from . import _torch, logs
 from .analysis.memory import MemoryProfile
 from .analysis.modules import check_patterns
-from .capture import assumptions, checks, optim_state
+from .capture import assumptions, checks, counters, optim_state
 from .capture.breaks import Break, given_up
+from .capture.counters import counters_of as counters_of
 from .capture.events import Event, events_of
 from .capture.step import capture, to_step
 from .errors import CaptureError
@@ -106,7 +107,7 @@ def compile_frame(
     record = _torch.current_record()
     assert record is not None, "the backend was called outside of torch.compile"
     for event in record.events:
-        assumptions.check(event.live(), event.where)
+        assumptions.check(event.live(), event.where, event.counters)
     checks.check_frame(gm, record, state.last_break)
     if not checks.computes(gm):
         return gm.forward
@@ -116,9 +117,11 @@ def compile_frame(
         compilation = _Compilation(options, state, gm, inputs, mode, record)
         for event in compilation.events:
             undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
+            event.habits = optim_state.habits_of(event.optimizer(), list(event.params), event.where)
+            undo.append(counters.start(event.optimizer(), event.counters))
         compiled = compilation.run()
     except BaseException as error:
-        for back in undo:
+        for back in reversed(undo):
             back()
         if isinstance(error, DryRunEnd) and not record.events:
             return gm.forward  # the training part is still to come
@@ -235,7 +238,7 @@ class _Compilation:
 
 def _binding(event: Event) -> OptimizerBinding:
     def fit(optimizer: torch.optim.Optimizer) -> None:
-        optim_state.fit_state(optimizer, event.params, event.state, event.where)
+        optim_state.fit_state(optimizer, event.params, event.counters, event.state, event.where)
 
     def holds(optimizer: torch.optim.Optimizer) -> None:
         if event.assumed is not None:

@@ -181,7 +181,7 @@ def test_refused_from_the_call_on(name: str) -> None:
 
 def test_the_check_at_every_call_looks_at_no_parameter() -> None:
     opt = AdamW([nn.Parameter(torch.zeros(1)) for _ in range(50)])
-    assumed = Assumptions.of(opt, 0, "here", [])
+    assumed = Assumptions.of(opt, 0, "here", [], ())
     groups, opt.param_groups = opt.param_groups, None  # pyright: ignore[reportAttributeAccessIssue]
     assumed.check(opt)
     opt.param_groups = groups
@@ -246,11 +246,9 @@ class Branching(Optimizer):
                 p.sub_(group["lr"] * rate * p.grad)
 
 
-def test_the_hint_for_a_branch_works() -> None:
-    *_, step, _, _ = pair(lambda p: Branching(p, hinted=False))
-    with pytest.raises(OptimizerError, match=r"torch\.where\(torch\.as_tensor\(condition\), a, b\)"):
-        step(torch.randn(6, 4))
-    ours, theirs, _, _, step, eager, mp = pair(Branching)
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_branch_on_a_step_count(hinted: bool) -> None:
+    ours, theirs, _, _, step, eager, mp = pair(lambda p: Branching(p, hinted=hinted))
     for _ in range(6):
         x = torch.randn(6, 4)
         same(step(x), eager(x), "loss")

@@ -356,7 +356,7 @@ class Lion(Optimizer):
 
 
 class Counting(Lion):
-    """Keeps a count on itself, which a compiled step cannot follow."""
+    """Keeps a count on itself."""
 
     calls = 0
 
@@ -601,17 +601,24 @@ def test_fused_and_foreach_updates_are_those_of_the_formula(name: str, codegen: 
     assert mp.stats().steps == 3
 
 
+@pytest.mark.parametrize("make", [Counting, Greedy, Branching, Grouping, Starting])
+def test_counts_branches_and_first_steps(make: Make) -> None:
+    ours, theirs, opt, their_opt, step, eager, mp = pair(make)
+    for _ in range(5):
+        x = torch.randn(6, 4)
+        same(step(x), eager(x), "loss")
+    agree(ours, theirs, opt, their_opt)
+    assert float(getattr(opt, "calls", 0)) == getattr(their_opt, "calls", 0)
+    assert float(opt.param_groups[0].get("n", 0)) == their_opt.param_groups[0].get("n", 0)
+    assert mp.stats().steps == 5
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Counting, r"changes self\.calls"),
-        (Greedy, r"creates state\['m'\] from the gradient"),
-        (Branching, r"branches on the value of a tensor .*test_optimizers\.py:\d+: if p\.grad\.norm\(\) > 1"),
         (Flagging, r"changes state\['first'\]"),
-        (Grouping, r"changes param_groups\[\.\.\.\]\['n'\]"),
         (Listing, r"changes self\.log"),
         (Tallying, r"changes self\.tally"),
-        (Starting, r"takes its first step differently from the others: n differs"),
         (Wrapping, r"holds another SGD in self\.inner"),
         (Sharing, "keeps state under 'all'"),
         (Peeking, r"failed where it was tried on one parameter alone.*test_optimizers\.py:\d+: .*neighbour"),

@@ -39,6 +39,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.marks import GRAD, MARK, SEED
+from ..ir.slots import Slot
 from . import abandoned, debugging, telling, texts
 from .dynamo_common import (
     call,
@@ -72,13 +73,19 @@ SETTINGS = {
     "skip_nnmodule_hook_guards": False,  # hooks that come later are seen
 }
 
+Count = Callable[[torch.optim.Optimizer, int], dict[Slot, Any]]
 _find_backend: Callable[[Any], Any | None] = lambda _: None  # noqa: E731 - replaced by install()
+_count: Count = lambda *_: {}  # noqa: E731 - likewise
 
 
-def install(find_backend: Callable[[Any], Any | None]) -> None:
-    """Patch Dynamo once; ``find_backend(compiler_fn)`` returns our backend object or None."""
-    global _find_backend
-    _find_backend = find_backend
+def install(find_backend: Callable[[Any], Any | None], count: Count) -> None:
+    """Patch Dynamo once.
+
+    ``find_backend(compiler_fn)`` returns our backend object or None; ``count(optimizer, number)`` what
+    numbers an optimizer's step keeps beside its state.
+    """
+    global _find_backend, _count
+    _find_backend, _count = find_backend, count
     if not hasattr(convert_frame._compile, "_fxpass"):
         convert_frame._compile = _hook(convert_frame._compile)
         watch_backward(lambda compiler_fn: _find_backend(compiler_fn))
@@ -90,7 +97,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         backend = _find_backend(args[5])
         if backend is None:
             return original(*args, **kwargs)
-        record = FrameRecord(backend, args[0], int(dynamo_config.recompile_limit))
+        record = FrameRecord(backend, args[0], _count, int(dynamo_config.recompile_limit))
         outer = current_record()
         local.record = record
         try:

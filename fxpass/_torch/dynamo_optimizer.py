@@ -6,7 +6,7 @@ Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -129,7 +129,8 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
             with no_grad(tx):
                 grads.append(call(tx, MARK, grad, READ, record.reads).as_proxy())
             record.reads += 1
-    dynamic = _hyperparameters(self, tx)
+    counters = record.counters_of(self.value)
+    dynamic = _hyperparameters(self, tx, counters)
     record.events.append(
         StepEvent(
             index,
@@ -138,6 +139,7 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
             params,
             [d for d, _ in dynamic],
             user_line(),
+            counters,
         )
     )
     arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])
@@ -145,8 +147,8 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
     return ConstantVariable.create(None)
 
 
-def _hyperparameters(self: Any, tx: Any) -> list[tuple[Slot, Any]]:
-    """Guard on every setting of the optimizer but ``lr``; those Dynamo made symbolic, as graph values.
+def _hyperparameters(self: Any, tx: Any, counters: Container[Slot]) -> list[tuple[Slot, Any]]:
+    """Guard on the settings of the optimizer but ``lr`` and ``counters``; the symbolic ones, as graph values.
 
     A float that changed once (a momentum cycled by OneCycleLR) is a symbolic
     float from the second compilation on; ``lr`` is read anew at every call.
@@ -162,7 +164,12 @@ def _hyperparameters(self: Any, tx: Any) -> list[tuple[Slot, Any]]:
         found += [(Slot(number, g, key=key), value) for key, value in written.items()]
         for key in self.value.defaults:
             # load_state_dict adds defaults of torch's that the groups of a user's own optimizer lack
-            if key in written or key in ("params", "lr") or key not in group:
+            if (
+                key in written
+                or key in ("params", "lr")
+                or key not in group
+                or Slot(number, g, key=key) in counters
+            ):
                 continue
             value = group[key]
             if type(value) not in (*_PLAIN, tuple, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -40,6 +41,7 @@ class StepEvent:
     params: list[StepParam]
     dynamic: list[Slot]  # settings passed as tensors, or set by the step
     where: str
+    counters: dict[Slot, Any]  # numbers that its step keeps in groups and attributes, and their start
 
     def live(self) -> torch.optim.Optimizer:
         """The optimizer object; Dynamo guards on its identity, so it is alive when this is called."""
@@ -54,6 +56,7 @@ class FrameRecord:
 
     backend: Any
     code: CodeType | None = None
+    count: Callable[[torch.optim.Optimizer, int], dict[Slot, Any]] = lambda *_: {}
     limit: int = 8  # how often one code may be compiled for the same objects: torch's setting
     graph: weakref.ref[torch.fx.Graph] | None = None  # that Dynamo writes
     recompile_reason: str = ""  # the guard that failed, if the frame was compiled before
@@ -96,9 +99,14 @@ class FrameRecord:
             self.optimizers.append(weakref.ref(optimizer))
         return known[0] if known else len(self.optimizers) - 1
 
+    def counters_of(self, optimizer: torch.optim.Optimizer) -> dict[Slot, Any]:
+        """What the optimizer's step counts with in groups and attributes, and what each starts from."""
+        return self.count(optimizer, self.number_of(optimizer))
+
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""
-        kept = FrameRecord(self.backend, self.code, self.limit, self.recompile_reason, error=self.error)
+        kept = FrameRecord(self.backend, self.code, self.count, self.limit, error=self.error)
+        kept.recompile_reason = self.recompile_reason
         kept.set_up, kept.broke = self.set_up, self.broke
         for call in kept.set_up:
             call.shown = call.entered = False

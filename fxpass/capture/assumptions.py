@@ -6,7 +6,7 @@ is here: what runs around ``step()``, and numbers that the optimizer's Python re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from .. import _torch
 from ..errors import OptimizerError
 from ..ir.slots import Slot
-from .optim_state import is_torchs
 from .scalars import Comparison
+from .standin import holds_tensor, is_torchs, is_wrapped
 
 Refusal = tuple[str, str] | None  # what was found, and a hint
 _PLAIN = (bool, int, float, str, type(None))  # settings that Dynamo guards on by value
@@ -34,10 +34,16 @@ class Assumptions:
 
     @classmethod
     def of(
-        cls, optimizer: Optimizer, number: int, where: str, comparisons: Sequence[Comparison]
+        cls,
+        optimizer: Optimizer,
+        number: int,
+        where: str,
+        comparisons: Sequence[Comparison],
+        counters: Collection[Slot],
     ) -> Assumptions:
         """Of optimizer ``number``; ``comparisons``: how settings compared while the step was traced."""
-        return cls(where, type(optimizer).step, (*comparisons, *_constants(optimizer, number)))
+        constants = [c for c in _constants(optimizer, number) if c.setting not in counters]
+        return cls(where, type(optimizer).step, tuple(dict.fromkeys((*comparisons, *constants))))
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise :class:`OptimizerError` if one of them no longer holds; runs at every call."""
@@ -55,10 +61,14 @@ class Assumptions:
                 _refuse((found, hint), self.where)
 
 
-def check(optimizer: Optimizer, where: str) -> None:
-    """Raise :class:`OptimizerError` for an optimizer whose step cannot become graph nodes."""
+def check(optimizer: Optimizer, where: str, counters: Collection[Slot]) -> None:
+    """Raise :class:`OptimizerError` for an optimizer whose step cannot become graph nodes.
+
+    ``counters``: numbers that it keeps in its groups, which may be tensors.
+    """
     for rule in (*EVERY_CALL, *ONCE):
         _refuse(rule(optimizer), where)
+    _refuse(_groups(optimizer, {(slot.group, slot.key) for slot in counters}), where)
 
 
 def _refuse(refusal: Refusal, where: str) -> None:
@@ -81,8 +91,12 @@ def _constants(optimizer: Optimizer, number: int) -> list[Comparison]:
 # ---------------------------------------------------------------- rules
 
 
-def _groups(optimizer: Optimizer) -> Refusal:
-    refusals = (_group(optimizer, number, group) for number, group in enumerate(optimizer.param_groups))
+def _groups(optimizer: Optimizer, counted: Collection[tuple[Any, Any]]) -> Refusal:
+    groups = (
+        (number, {key: value for key, value in group.items() if (number, key) not in counted})
+        for number, group in enumerate(optimizer.param_groups)
+    )
+    refusals = (_group(optimizer, number, group) for number, group in groups)
     return next(filter(None, refusals), None)
 
 
@@ -124,7 +138,9 @@ def _refused_parameter(name: str, param: Tensor) -> Refusal:
 def _attributes(optimizer: Optimizer) -> Refusal:
     own = {} if is_torchs(optimizer) else vars(optimizer)
     for key, value in own.items():
-        if key not in ("defaults", "param_groups", "state") and _holds_tensor(value):
+        if key in ("defaults", "param_groups", "state") or is_wrapped(optimizer, value):
+            continue
+        if holds_tensor(value):
             found = f"{type(optimizer).__name__} keeps tensors in self.{key}"
             hint = "keep them in optimizer.state[parameter], and parameters in param_groups alone"
             return f"{found}, which a compiled step cannot see", hint
@@ -135,10 +151,12 @@ def _attributes(optimizer: Optimizer) -> Refusal:
     return None
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_tensor, value.values()))
-    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+def _shared_state(optimizer: Optimizer) -> Refusal:
+    shared = [key for key in optimizer.state if not isinstance(key, Tensor)]
+    if not shared:
+        return None
+    found = f"{type(optimizer).__name__} keeps state[{shared[0]!r}], which belongs to no parameter"
+    return found, "keep a number that all parameters share in param_groups, or in an attribute"
 
 
 def _hooks(optimizer: Optimizer) -> Refusal:
@@ -161,6 +179,6 @@ def _own_methods(optimizer: Optimizer) -> Refusal:
 EVERY_CALL: tuple[Callable[[Optimizer], Refusal], ...] = (_hooks, _own_methods)
 ONCE: tuple[Callable[[Optimizer], Refusal], ...] = (
     _attributes,
-    _groups,
+    _shared_state,
     _parameters,
 )  # Dynamo guards on these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from .. import _torch
 from ..ir.slots import Slot
 from .assumptions import Assumptions
+from .optim_state import Habits
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Event:
     # what it adds to the graph's inputs, beside what an earlier step() of the optimizer has added
     state: dict[Slot, Tensor] = field(default_factory=dict)  # each with its form: see optim_state.state_of
     settings: list[Slot] = field(default_factory=list)
+    counters: dict[Slot, Any] = field(default_factory=dict)  # numbers it keeps, with what they start from
+    habits: Habits = field(default_factory=Habits)
     assumed: Assumptions | None = None  # known when the update is traced
 
     @property
@@ -58,6 +62,7 @@ def _event(found: _torch.StepEvent, names: Mapping[str, str]) -> Event:
         nodes[slot] = param.node
         if param.read is not None:
             reads[slot] = param.read
+    rates = [Slot(found.number, g, key="lr") for g in range(len(found.live().param_groups))]
     return Event(
         found.index,
         found.number,
@@ -65,7 +70,8 @@ def _event(found: _torch.StepEvent, names: Mapping[str, str]) -> Event:
         {slot: node for slot, node in nodes.items() if slot in reads},
         reads,
         {slot: node for slot, node in nodes.items() if slot not in reads},
-        [Slot(found.number, g, key="lr") for g in range(len(found.live().param_groups))],
+        [lr for lr in rates if lr not in found.counters],
         found.dynamic,
         found.where,
+        counters=found.counters,
     )

@@ -10,8 +10,8 @@ internals, and the user's optimizer object is never touched by tracing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,17 +23,11 @@ from ..errors import OptimizerError
 from ..ir.marks import OLD, UPDATE, mark
 from ..ir.slots import Slot
 from .assumptions import Assumptions
-from .optim_state import (
-    copied,
-    dampens,
-    filled_momentum,
-    first_rate,
-    line_of,
-    prime_momentum,
-    stand_in,
-    undecorated,
-)
-from .scalars import ScalarTensors, as_number, tensor_functions
+from .branches import Impossible, TooManyWays, Way, merged_ways, selected
+from .optim_state import Habits, dampens, filled, first_rate, is_empty, prime_momentum
+from .scalars import Comparison, ScalarTensors, as_number, tensor_functions
+from .standin import classes_of, copied, is_torchs, is_wrapped, stand_in, undecorated
+from .trial import line_of
 
 State = defaultdict[Any, dict[Any, Any]]
 # Capturable formulas divide by the learning rate; where that is zero, only the ordinary ones, which
@@ -48,52 +42,146 @@ class StepTensors:
 
     params: dict[Slot, Tensor]  # those that have a gradient
     grads: dict[Slot, Tensor]  # by the slot of the parameter
-    state: dict[Slot, Tensor]
+    state: dict[Slot, Tensor]  # of parameters, and the optimizer's counters
     settings: dict[Slot, Any]  # learning rates, settings that are tensors or that the step has set
+
+    @property
+    def written(self) -> dict[Slot, Tensor]:
+        """What a step replaces."""
+        return {**self.params, **self.state}
+
+    def copy(self, only: Slot | None = None) -> StepTensors:
+        """Copies that one way through the step may write to; ``only``: of one parameter."""
+        params = {s: p.clone() for s, p in self.params.items() if only in (None, s)}
+        state = {s: v.clone() for s, v in self.state.items() if s.position is None or s.owner in params}
+        return StepTensors(params, {s: self.grads[s].clone() for s in params}, state, self.settings)
+
+
+@dataclass
+class Traced:
+    """One optimizer whose ``step()`` is traced."""
+
+    optimizer: Optimizer
+    tensors: StepTensors
+    habits: Habits
+    where: str
+    comparisons: list[Comparison] = field(default_factory=list)
 
 
 def run_step(
-    optimizer: Optimizer, tensors: StepTensors, numbers: Mapping[Slot, int], where: str
+    optimizer: Optimizer,
+    tensors: StepTensors,
+    numbers: Mapping[Slot, int],
+    habits: Habits,
+    where: str,
 ) -> Assumptions:
     """Update ``tensors`` in place as ``optimizer.step()`` would; mark every new value with UPDATE.
 
-    ``numbers``: of the mark of each parameter and state. Returns what the trace took for granted.
+    ``numbers``: of the mark of each parameter and state; ``habits``: what trials of its step have shown.
+    Returns what the trace took for granted.
     """
-    name = type(optimizer).__name__
+    traced = Traced(optimizer, tensors, habits, where)
     with torch.no_grad():
-        written = {**tensors.params, **tensors.state}
-        olds = {slot: mark(written[slot], OLD, number) for slot, number in numbers.items()}
+        olds = {slot: mark(tensors.written[slot], OLD, number) for slot, number in numbers.items()}
+        news = _once(traced, tensors, None) if is_torchs(optimizer) else _any_way(traced)
+        for slot, key in habits.first.items():
+            news[slot.state(key)] = filled(news[slot.state(key)])
+        for slot, old in tensors.written.items():
+            new = news[slot]
+            new = new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new)
+            old.copy_(mark(new.reshape(old.shape), UPDATE, numbers[slot], olds[slot]))
+    counted = [slot for slot in tensors.state if slot.position is None]
+    number = next(iter(tensors.params)).optimizer
+    return Assumptions.of(optimizer, number, where, traced.comparisons, counted)
+
+
+def _any_way(traced: Traced) -> dict[Slot, Any]:
+    """The new values, whichever way the step's conditions go, of first steps and of later ones."""
+    tensors, first = traced.tensors, traced.habits.first
+    later = _all_ways(traced, first=False)
+    if not first:
+        return later
+    made = _all_ways(traced, first=True)
+    empty = {slot: is_empty(tensors.state[slot.state(key)]) for slot, key in first.items()}
+    any_empty = torch.stack(list(empty.values())).any()
+    news = {}
+    for slot, value in later.items():
+        condition = empty.get(slot.owner, any_empty)
+        news |= selected(condition, {slot: made[slot]}, {slot: value})
+    return news
+
+
+def _all_ways(traced: Traced, *, first: bool) -> dict[Slot, Any]:
+    tensors = traced.tensors
+    try:
+        return merged_ways(lambda way: _once(traced, tensors.copy(), way, first=first))
+    except TooManyWays:
+        pass
+    news: dict[Slot, Any] = {}
+    try:
+        for slot in (
+            tensors.params if traced.habits.alone else ()
+        ):  # one at a time: each has conditions of its own
+            own = merged_ways(lambda way, s=slot: _once(traced, tensors.copy(s), way, first=first))
+            news = {**own, **news}
+    except TooManyWays:
+        news = {}
+    if not news:
+        found = f"{type(traced.optimizer).__name__}.step() branches on too many values"
+        hint = "in place of a branch write torch.where(torch.as_tensor(condition), a, b)"
+        raise OptimizerError(found, where=traced.where, hint=hint)
+    return news
+
+
+def _once(traced: Traced, tensors: StepTensors, way: Way | None, *, first: bool = False) -> dict[Slot, Any]:
+    """The new values on one way through the step, which writes to ``tensors``."""
+    optimizer, name, where = traced.optimizer, type(traced.optimizer).__name__, traced.where
     groups = _traced_groups(optimizer, tensors)
     state: State = defaultdict(dict)
-    traced = stand_in(optimizer, groups, state)
-    for slot, value in tensors.settings.items():
-        slot.write(traced, value)
-    with torch.no_grad():
-        state.update(_traced_state(optimizer, tensors, groups))
+    other = stand_in(optimizer, groups, state)
+    counters = {slot: value for slot, value in tensors.state.items() if slot.position is None}
+    for slot, value in {**tensors.settings, **counters}.items():
+        slot.write(other, value)
+    state.update(_traced_state(optimizer, tensors, groups, traced.habits.first if first else {}))
     before = copied(groups)
-    mode = ScalarTensors(_known_settings(optimizer, tensors))
+    known = [*(t for t in tensors.state.values() if t.ndim == 0 and t.dtype == torch.float64)]
+    known += [value for value in tensors.settings.values() if isinstance(value, Tensor)]
+    mode = ScalarTensors(_known_settings(optimizer, tensors), known, way)
     try:
-        with torch.no_grad(), _torch.compiling_flag(), _torch.python_values(mode.truth):
-            with tensor_functions(type(optimizer)), mode:
-                result = undecorated(type(optimizer).step)(traced)
+        with _torch.compiling_flag(), _torch.python_values(mode.truth):
+            with tensor_functions(classes_of(optimizer)), mode:
+                result = undecorated(type(optimizer).step)(other)
     except Exception as error:
+        if isinstance(error, ZeroDivisionError) and way is not None and way.outcomes:
+            raise Impossible from error
         hint = (
-            "its step() must be plain tensor maths: no reads of values, and in place of a branch on one "
-            "torch.where(torch.as_tensor(condition), a, b)"
+            "its step() must be plain tensor maths: no reads of values by float() or int(), and in place of "
+            "an error raised on a condition nothing, or torch.where(torch.as_tensor(condition), a, b)"
         )
         found = f"{name}.step() could not be traced: {error}{line_of(error)}"
         raise OptimizerError(found, where=where, hint=hint) from error
+    traced.comparisons += mode.comparisons
     if result is not None:
         hint = "let it return nothing, and compute in the step itself what it returned"
         raise OptimizerError(f"{name}.step() returns {result!r}, which would be lost", where=where, hint=hint)
-    if changed := _hidden_changes(optimizer, traced, before) or _new_state(optimizer, tensors, state):
+    changed = _hidden_changes(optimizer, other, before, counters) or _new_state(optimizer, tensors, state)
+    if changed:
         hint = "keep what changes from step to step in optimizer.state[parameter], as tensors or numbers"
         found = f"{name}.step() {changed}, which a compiled step cannot follow"
         raise OptimizerError(found, where=where, hint=hint)
-    with torch.no_grad():
-        _write_back(optimizer, tensors, state, groups, olds, numbers)
-    number = next(iter(tensors.params)).optimizer
-    return Assumptions.of(optimizer, number, where, mode.comparisons)
+    news: dict[Slot, Any] = dict(tensors.params)
+    for slot in tensors.state:
+        new = slot.read(other) if slot in counters else state[tensors.params[slot.owner]][slot.key]
+        if (
+            slot not in counters
+            and dampens(optimizer, slot.of_group(groups))
+            and slot.key == "momentum_buffer"
+        ):
+            new = filled(new)
+        news[slot] = new
+    for param in tensors.params.values():
+        param.grad = None
+    return news
 
 
 def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str, Any]]:
@@ -102,7 +190,7 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
         traced = {**copied(group), "params": []}
         if "foreach" in group:  # a foreach list keeps all of its gradients alive
             traced["foreach"] = False
-        if any(c.__module__.startswith("torch.optim.") for c in _bases(optimizer)):
+        if any(c.__module__.startswith("torch.optim.") for c in classes_of(optimizer)):
             if "fused" in group:  # one opaque kernel; the formula is fused with unscale, clip and skip
                 traced["fused"] = False
             if "capturable" in group:
@@ -114,13 +202,13 @@ def _traced_groups(optimizer: Optimizer, tensors: StepTensors) -> list[dict[str,
     return groups
 
 
-def _bases(optimizer: Optimizer) -> Sequence[type]:
-    return type(optimizer).__mro__[: type(optimizer).__mro__.index(Optimizer)]
-
-
-def _traced_state(optimizer: Optimizer, tensors: StepTensors, groups: list[dict[str, Any]]) -> State:
+def _traced_state(
+    optimizer: Optimizer, tensors: StepTensors, groups: list[dict[str, Any]], without: Container[Slot]
+) -> State:
     state: State = defaultdict(dict)
     for slot, param in tensors.params.items():
+        if slot in without:  # its first step, which makes the state
+            continue
         group, count = slot.of_group(groups), tensors.state.get(slot.state("step"))
         for key, value in optimizer.state.get(slot.read(optimizer), {}).items():
             value = tensors.state.get(slot.state(key), value)
@@ -150,44 +238,34 @@ def _new_state(optimizer: Optimizer, tensors: StepTensors, state: State) -> str:
         real = optimizer.state.get(slots[owner].read(optimizer), {}) if entries else {}
         for key in entries.keys() | real.keys():
             was, now = real.get(key), entries.get(key)
-            if not isinstance(was, Tensor) and was is not now and was != now:
+            if not isinstance(was, Tensor) and not _unchanged(now, was, set()):
                 return f"changes state[{key!r}] from {was!r}"
             if isinstance(was, Tensor) and not isinstance(now, (Tensor, int, float)):
                 return f"changes state[{key!r}] from a tensor to {now!r}"
     return ""
 
 
-def _write_back(
-    optimizer: Optimizer,
-    tensors: StepTensors,
-    state: State,
-    groups: list[dict[str, Any]],
-    olds: Mapping[Slot, Tensor],
-    numbers: Mapping[Slot, int],
-) -> None:
-    news: dict[Slot, Any] = dict(tensors.params)
-    for slot in tensors.state:
-        new = state[tensors.params[slot.owner]][slot.key]
-        if dampens(optimizer, slot.of_group(groups)) and slot.key == "momentum_buffer":
-            new = filled_momentum(new)
-        news[slot] = new
-    for slot, old in {**tensors.params, **tensors.state}.items():
-        new = news[slot]
-        new = new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new)
-        old.copy_(mark(new, UPDATE, numbers[slot], olds[slot]))
-    for param in tensors.params.values():
-        param.grad = None
+def _hidden_changes(
+    optimizer: Optimizer, traced: Any, groups: list[dict[str, Any]], counters: Iterable[Slot]
+) -> str:
+    """Which attribute or setting, no counter, the step changed, in words; empty if none.
 
-
-def _hidden_changes(optimizer: Optimizer, traced: Any, groups: list[dict[str, Any]]) -> str:
-    """Which attribute or setting the step changed, in words; empty if none. ``groups``: as before."""
+    ``groups``: as before.
+    """
+    counted = {(slot.group, slot.key) for slot in counters}
     for name in vars(traced).keys() | vars(optimizer).keys():
-        if name not in ("state", "param_groups", "step"):
+        if name in ("state", "param_groups", "step") or is_wrapped(optimizer, vars(optimizer).get(name)):
+            continue
+        if (None, name) not in counted:
             if not _unchanged(vars(traced).get(name), vars(optimizer).get(name), {id(traced)}):
                 return f"changes self.{name}"
-    for now, then in zip(traced.param_groups, groups, strict=True):
+    for g, (now, then) in enumerate(zip(traced.param_groups, groups, strict=True)):
         for key in now.keys() | then.keys():
-            if key != "params" and not _unchanged(now.get(key), then.get(key), set()):
+            if (
+                key != "params"
+                and (g, key) not in counted
+                and not _unchanged(now.get(key), then.get(key), set())
+            ):
                 return f"changes param_groups[...][{key!r}]"
     return ""
 

@@ -5,9 +5,10 @@ that nothing is baked into the graph and nothing is read back to the host.
 torch's arithmetic takes a 0-d tensor nearly everywhere a number may stand; this
 module covers the rest: ``.item()`` (also where torch's own optimizers do without it
 while compiling), ``alpha=``/``value=`` arguments, ``lerp``,
-``min``, ``max`` and the functions of ``math``, and comparisons of a setting with
-a number (``if momentum != 0``), which are decided by the setting's present value
-and remembered so that the runtime can check them.
+``min``, ``max`` and the functions of ``math``, ``count += 1``, which gives a new number,
+and comparisons of a setting with a number (``if momentum != 0``), which are decided by
+the setting's present value and remembered so that the runtime can check them. All
+other conditions go both ways: see branches.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
@@ -27,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _torch
 from ..ir.slots import Slot
+from .branches import Way
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq,
@@ -37,6 +40,19 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "ge": operator.ge,
 }
 
+# Augmented assignment makes a new number; to a tensor it writes.
+_IN_PLACE: dict[str, Callable[..., Any]] = {
+    f"__i{name}__": getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+}
+_DIVIDES = {
+    "__truediv__": 1,
+    "__div__": 1,
+    "div": 1,
+    "true_divide": 1,
+    "__rtruediv__": 0,
+    "__rdiv__": 0,
+}  # the divisor
 _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 
 
@@ -55,12 +71,26 @@ class Comparison:
 
 
 class ScalarTensors(TorchFunctionMode):
-    """Interprets 0-d tensors as numbers; ``settings`` are tensors of settings with their present values."""
+    """Interprets 0-d tensors as numbers.
 
-    def __init__(self, settings: Sequence[tuple[Slot, Tensor, float]] = ()) -> None:
+    ``settings`` are tensors of settings with their present values, ``numbers`` all tensors that stand
+    for numbers of Python's; ``way`` is how conditions on values are decided, None where none may be.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[tuple[Slot, Tensor, float]] = (),
+        numbers: Iterable[Tensor] = (),
+        way: Way | None = None,
+    ) -> None:
         super().__init__()
         self.settings = list(settings)
+        self.way = way
         self.comparisons: list[Comparison] = []
+        self.keys: dict[int, tuple[Tensor, Hashable]] = {}  # by id: equal keys are equal values
+        self.asked: list[Tensor] = []  # kept alive: no other gets its id
+        for number in numbers:
+            self._is_number(number, ("input", len(self.keys)))
 
     def __torch_function__(
         self,
@@ -72,7 +102,21 @@ class ScalarTensors(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name == "item" and args[0].numel() == 1:
-            return as_number(args[0])
+            return self._number_in(args[0])
+        if id(args[0] if args else None) in self.keys and name in _IN_PLACE:
+            name, func = f"__{name[3:]}", _IN_PLACE[name]
+        if name in _DIVIDES and not kwargs:
+            self._divide(*(args if _DIVIDES[name] else reversed(args)))
+        result = self._call(func, name, args, kwargs)
+        if args and isinstance(result, Tensor) and result.numel() == 1 and not kwargs:
+            parts = [self._key_of(arg) for arg in args]
+            if None not in parts:
+                self._is_number(result, (name, *parts))
+        return result
+
+    def _call(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func == _SET_DATA:
             return args[0].copy_(args[1])  # the parameter itself must receive the value
         op = name.strip("_")
@@ -82,6 +126,11 @@ class ScalarTensors(TorchFunctionMode):
                     return self._decide(setting, value, op, args[1])
         if op == "lerp":
             return func(*_same_dtype(args), **{k: _as(args[0], v) for k, v in kwargs.items()})
+        if op == "full_like" and isinstance(
+            fill := args[1] if args[1:] else kwargs.get("fill_value"), Tensor
+        ):
+            kwargs.pop("fill_value", None)
+            return torch.ones_like(args[0], **kwargs) * fill
         if isinstance(kwargs.get("alpha"), Tensor):
             return _with_alpha(name, *args, **kwargs)
         if "addc" in name and isinstance(args[3] if len(args) > 3 else kwargs.get("value"), Tensor):
@@ -89,20 +138,60 @@ class ScalarTensors(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def truth(self, tensor: Tensor) -> bool:
-        """``bool(tensor)`` of a setting.
+        """``bool(tensor)``: of a setting by its value, of others as this way through the step has it.
 
         Raises:
-            TypeError: it is no setting, and its value is not known.
+            TypeError: it is no setting, and conditions may not be decided.
         """
         for setting, known, value in self.settings:
             if known is tensor:
                 return self._decide(setting, value, "ne", 0)
-        raise TypeError("it branches on the value of a tensor")
+        if self.way is None or tensor.numel() != 1:
+            raise TypeError("it branches on the value of a tensor")
+        key = self._key_of(tensor)
+        return self.way.take(tensor, key if key is not None else ("value", id(self._kept(tensor))))
 
     def _decide(self, setting: Slot, value: float, op: str, number: float) -> bool:
         outcome = _COMPARE[op](value, number)
         self.comparisons.append(Comparison(setting, op, number, outcome))
         return outcome
+
+    def _number_in(self, tensor: Tensor) -> Tensor:
+        """The number in a tensor: a new one, what is written into the tensor later does not reach it."""
+        if id(tensor) in self.keys:
+            return tensor
+        number = as_number(tensor)
+        number = number.clone() if number.dtype == tensor.dtype else number
+        self._is_number(number, ("item", id(number)))
+        return number
+
+    def _divide(self, number: Any, divisor: Any) -> None:
+        """Python raises where a number is divided by zero; asked only in functions that expect it."""
+        numbers = self._key_of(number) is not None and id(divisor) in self.keys
+        if numbers and self.way is not None and _expects_zero_division() and self.truth(divisor == 0):
+            raise ZeroDivisionError("division by zero")
+
+    def _key_of(self, value: Any) -> Hashable:
+        if isinstance(value, (bool, int, float)):
+            return (type(value), value)
+        return self.keys[id(value)][1] if id(value) in self.keys else None
+
+    def _is_number(self, tensor: Tensor, key: Hashable) -> None:
+        self.keys[id(tensor)] = (tensor, key)
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        self.asked.append(tensor)
+        return tensor
+
+
+def _expects_zero_division() -> bool:
+    """Whether the user's function that divides, a few frames from here, handles ZeroDivisionError."""
+    frame = sys._getframe(2)
+    for _ in range(4):
+        if frame is None or "ZeroDivisionError" in frame.f_code.co_names:
+            return frame is not None
+        frame = frame.f_back
+    return False
 
 
 def as_number(value: Any) -> Any:
@@ -186,13 +275,13 @@ def _stand_ins(names: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def tensor_functions(owner: type) -> Iterator[None]:
-    """``min``, ``max`` and ``math`` take tensors too, in the modules that define ``owner``'s methods.
+def tensor_functions(owners: Sequence[type]) -> Iterator[None]:
+    """``min``, ``max`` and ``math`` take tensors too, in the modules that define methods of ``owners``.
 
     The builtins and ``math`` would ask the host for a number. For numbers the
     stand-ins do what the originals do, and the originals are put back.
     """
-    methods = [f for cls in owner.__mro__ for f in vars(cls).values() if isinstance(f, FunctionType)]
+    methods = [f for cls in owners for f in vars(cls).values() if isinstance(f, FunctionType)]
     modules = {id(names): names for names in (inspect.unwrap(f).__globals__ for f in methods)}
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:

@@ -125,7 +125,7 @@ def _expand_optimizer(
     index, params, grads, dynamic = arguments
     event = captured.events[index]
     optimizer = event.optimizer()
-    forms = optim_state.state_of(optimizer, event.params)
+    forms = optim_state.state_of(optimizer, event.params, event.counters)
     event.state = {slot: form for slot, form in forms.items() if slot not in captured.slots}
     event.settings = [slot for slot in event.lr if slot not in captured.slots]
     captured.slots |= {slot: by_name[name] for slot, name in event.params.items()}
@@ -145,7 +145,7 @@ def _expand_optimizer(
             settings,
         )
         with annotate({"fxpass": "update"}):
-            event.assumed = optim.run_step(optimizer, tensors, numbers, event.where)
+            event.assumed = optim.run_step(optimizer, tensors, numbers, event.habits, event.where)
 
     node.target = expand
     node.meta[UPDATES] = [*params, *state]
@@ -218,8 +218,10 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
     for name, old in captured.scaler.items():
         step.roles[ours[old]], step.names[ours[old]] = Role.SCALER, name
         step.scaler[name] = ours[old]
+    settings = {slot for event in captured.events for slot in event.settings}
     for slot, old in captured.slots.items():
-        step.roles[ours[old]], step.names[ours[old]] = _role(slot), str(slot)
+        step.roles[ours[old]] = Role.LR if slot in settings else _role(slot)
+        step.names[ours[old]] = str(slot)
         step.slots[slot] = ours[old]
     _read_marks(step, captured, by_name)
     step.handed_over = [(i, by_name[old] if old else None) for i, old in captured.handed_over]
@@ -228,8 +230,6 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
 
 
 def _role(slot: Slot) -> Role:
-    if slot.position is None:
-        return Role.LR
     return Role.PARAMETER if slot.key is None else Role.STATE
 
 

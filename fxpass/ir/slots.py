@@ -68,6 +68,16 @@ class Slot:
         else:
             optimizer.state[self.owner.read(optimizer)][self.key] = value
 
+    def present(self, optimizer: Optimizer) -> bool:
+        """Whether the group or the object has an entry of this name."""
+        holder = vars(optimizer) if self.group is None else optimizer.param_groups[self.group]
+        return self.key in holder
+
+    def remove(self, optimizer: Optimizer) -> None:
+        """Take the entry out of the group or the object."""
+        holder: Any = vars(optimizer) if self.group is None else optimizer.param_groups[self.group]
+        holder.pop(self.key, None)
+
     @property
     def path(self) -> str:
         """The Python expression for it, for messages: ``param_groups[0]['betas'][1]``."""

@@ -12,7 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from fxpass import MixedPrecision, OptimizerError
 from fxpass.capture.assumptions import check
-from fxpass.capture.optim_state import create_state, fit_state, state_of, undecorated
+from fxpass.capture.optim_state import create_state, fit_state, state_of
+from fxpass.capture.standin import undecorated
 from fxpass.ir.slots import Slot
 from tests.helpers import clone, same
 
@@ -101,7 +102,7 @@ def test_replaced_state_is_brought_into_form() -> None:
     assert opt.state[first]["count"].dtype is torch.float32
     opt.state[first]["mean"] = torch.ones(2, 3).T
     del opt.state[second]
-    fit_state(opt, PARAMS, forms, "here")
+    fit_state(opt, PARAMS, {}, forms, "here")
     assert opt.state[first]["count"].dtype is torch.float64
     assert opt.state[first]["mean"].is_contiguous()
     same(opt.state[first]["mean"], torch.ones(3, 2), "state", exact=True)
@@ -114,7 +115,7 @@ def test_loaded_state_of_another_shape() -> None:
     forms = state_of(opt, PARAMS)
     opt.state[opt.param_groups[0]["params"][0]]["exp_avg"] = torch.zeros(5)
     with pytest.raises(OptimizerError, match=r"exp_avg.*\(5,\)"):
-        fit_state(opt, PARAMS, forms, "here")
+        fit_state(opt, PARAMS, {}, forms, "here")
 
 
 def _hooked() -> Optimizer:
@@ -149,7 +150,7 @@ def _with_tensor() -> Optimizer:
 )
 def test_refused(opt: Any, message: str) -> None:
     with pytest.raises(OptimizerError, match=message) as error:
-        check(opt(), "train.py:7")
+        check(opt(), "train.py:7", ())
     assert "train.py:7" in str(error.value)
     assert "to do:" in str(error.value)
 
@@ -157,7 +158,7 @@ def test_refused(opt: Any, message: str) -> None:
 def test_a_schedulers_wrapper_is_not_refused() -> None:
     opt = Adam(parameters())
     lr_scheduler.StepLR(opt, 1)
-    check(opt, "here")
+    check(opt, "here", ())
 
 
 def test_only_torchs_own_decorators_are_removed() -> None:

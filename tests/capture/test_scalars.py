@@ -29,7 +29,7 @@ class Functions:
 
 
 def test_math_and_extremes_take_tensors() -> None:
-    with tensor_functions(Functions):
+    with tensor_functions([Functions]):
         same([float(v) for v in Functions().scalars(HALF)], Functions().scalars(0.5), "scalars")
         assert all(isinstance(v, Tensor) for v in Functions().scalars(HALF))
         assert Functions().of_lists() == (3, 1, 6)
@@ -38,7 +38,7 @@ def test_math_and_extremes_take_tensors() -> None:
 def test_the_module_gets_its_names_back() -> None:
     names = ("math", "sqrt", "min", "max")
     before = {name: globals().get(name) for name in names}
-    with tensor_functions(Functions):
+    with tensor_functions([Functions]):
         assert {name: globals().get(name) for name in names} != before
     assert {name: globals().get(name) for name in names} == before
 
