@@ -45,6 +45,9 @@ class GraphRecord:
             if (found := self.memory.peak_of(phase)) is not None:
                 lines.append(f"  {phase:<9}{found.bytes:>16,}  at {found.moment.name}")
         lines += [f"  {t.bytes:>25,}  {t.name} ({t.role}) {t.where}".rstrip() for t in peak.live[:5]]
+        if self.memory.bounds:
+            stated = ", ".join(f"{symbol} {bound}" for symbol, bound in self.memory.bounds.items())
+            lines.append(f"  counted at their largest, these sizes depend on data: {stated}")
         if self.memory.unsized:
             lines.append(f"  not counted, their sizes depend on data: {', '.join(self.memory.unsized)}")
         return "\n".join(lines)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "fxpass"
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "_torch": {"errors", "ir.alias", "ir.marks", "ir.slots"},
+    "_torch": {"errors", "ir.alias", "ir.marks", "ir.slots", "ir.unbacked"},
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},

@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
 
 from ..errors import FxpassError
+from ..ir.unbacked import Asker, asked_by
 from .eager import running
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -45,9 +46,13 @@ def trace(
     def refuse(*_: Any) -> Any:
         raise not_inference
 
+    def compile_inner(*args: Any) -> Any:
+        with asked_by(Asker.USER):
+            return compiler(*args)
+
     aot = aot_autograd(
         fw_compiler=refuse,
-        inference_compiler=compiler,
+        inference_compiler=compile_inner,
         decompositions={},
         keep_inference_input_mutations=True,
     )
@@ -57,7 +62,7 @@ def trace(
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     ours = [fake_mode.from_tensor(x, static_shapes=True) for x in extras]
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
-    with own, _without_onednn():
+    with own, _without_onednn(), asked_by(Asker.TRACE):
         return running(aot(gm, [*_as_traced(gm, inputs), *ours]))
 
 

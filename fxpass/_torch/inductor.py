@@ -24,14 +24,17 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
+from ..ir.unbacked import Asker, asked_by, keep_sizes
 from .fusion import keep_order
 from .order import keep_old_values
 from .schedule import Program, Scratch, program_of, recording, tag_nodes
 
 CPU_KERNEL_ARGUMENTS = 12
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def compile_graph(
         keep_order(),
         keep_old_values(),
         no_output_strides(),
+        asked_by(Asker.TRACE),
         inductor_config.patch(fx_graph_cache=False) if dry else contextlib.nullcontext(),
         V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),
     ):
@@ -93,11 +97,82 @@ def _not_compiled(inputs: list[Any]) -> Any:
 def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Inductor's decompositions applied to ``gm``."""
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
-    interpreter = torch.fx.Interpreter(gm)
-    with fake_mode or contextlib.nullcontext(), torch.no_grad(), preserve_node_meta():
-        return make_fx(interpreter.run, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(
-            *inputs
-        )
+    interpreter = _SameSizes(gm, fake_mode)
+    asked = asked_by(Asker.TRACE)
+    with fake_mode or contextlib.nullcontext(), torch.no_grad(), preserve_node_meta(), asked:
+        return make_fx(interpreter.run, _table(), tracing_mode="real", pre_dispatch=False)(*inputs)
+
+
+class _SameSizes(torch.fx.Interpreter):
+    """Runs a graph again; the sizes that it makes from data stay those they were."""
+
+    def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
+        super().__init__(gm)
+        self.sizes = getattr(fake_mode, "shape_env", None)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        keep_sizes(n, self.sizes, value)
+        return value
+
+
+def _table() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions, and some for places that depend on data.
+
+    It has no kernel that writes there, and loses the offset of a view of a view.
+    """
+    table = select_decomp_table()
+    mine = {
+        aten.slice_backward.default: _slice_backward,
+        aten.slice_scatter.default: _slice_scatter,
+        aten.select.int: _select,
+        aten.select_backward.default: _select_backward,
+        aten.select_scatter.default: _select_scatter,
+    }
+    return {**table, **{op: _first(f, table.get(op, _as_it_is)) for op, f in mine.items()}}
+
+
+def _as_it_is(*_: Any) -> Any:
+    return NotImplemented
+
+
+def _first(mine: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """``mine`` if a place depends on data, else ``theirs``."""
+
+    def decompose(*args: Any) -> Any:
+        on_data = any(isinstance(a, torch.SymInt) and has_free_unbacked_symbols(a) for a in args)
+        return mine(*args) if on_data else theirs(*args)
+
+    return decompose
+
+
+def _slice_backward(grad: Any, sizes: Any, dim: int, start: Any, end: Any, step: Any) -> Any:
+    return _slice_scatter(grad.new_zeros(sizes), grad, dim, start, end, step)
+
+
+def _slice_scatter(to: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
+    places = torch.arange(src.shape[dim], device=src.device) * step
+    places = places + _place(0 if start is None else start, to.shape[dim], src.device)
+    return aten.index_copy.default(to, dim, places, src)
+
+
+def _select(x: Any, dim: int, index: Any) -> Any:
+    return x.index_select(dim, _place(index, x.shape[dim], x.device)).squeeze(dim)
+
+
+def _select_backward(grad: Any, sizes: Any, dim: int, index: Any) -> Any:
+    return _select_scatter(grad.new_zeros(sizes), grad, dim, index)
+
+
+def _select_scatter(to: Any, src: Any, dim: int, index: Any) -> Any:
+    src = src.unsqueeze(dim).expand([1 if i == dim % to.ndim else n for i, n in enumerate(to.shape)])
+    return aten.index_copy.default(to, dim, _place(index, to.shape[dim], src.device), src)
+
+
+def _place(index: Any, size: Any, device: torch.device) -> Any:
+    """A number that may count from the end, as the index of one place."""
+    at = torch.ops.fxpass.number(index).to(device).reshape(1)
+    return torch.where(at < 0, at + size, at)
 
 
 def decomposition(node: Node) -> GraphModule:
@@ -112,7 +187,7 @@ def decomposition(node: Node) -> GraphModule:
         assert callable(node.target), f"{node.name} is not a call"
         return node.target(*args, **kwargs)
 
-    with fake_mode or contextlib.nullcontext(), torch.no_grad():
+    with fake_mode or contextlib.nullcontext(), torch.no_grad(), asked_by(Asker.TRACE):
         return make_fx(call, select_decomp_table(), tracing_mode="real", pre_dispatch=False)(*values)
 
 

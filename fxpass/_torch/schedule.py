@@ -35,7 +35,7 @@ from torch.utils._ordered_set import OrderedSet
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py patch.
-FORMAT = "fxpass-program-4"
+FORMAT = "fxpass-program-5"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]
@@ -234,7 +234,7 @@ def _call(node: Any, scratch: Scratch) -> Launch:
         results = (_block(node),)
     else:
         results = ()
-    kernel = str(target or node.get_kernel_name())
+    kernel = str(target or node.python_kernel_name or type(node).__name__)
     extra = scratch(origin) if isinstance(origin, Node) and origin.op == "call_function" else sympy.Integer(0)
     reads = tuple(dep.name for dep in node.get_read_writes().reads)
     return Launch(kernel, reads, _step_node(origin), results, name, extra)

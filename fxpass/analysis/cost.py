@@ -19,7 +19,7 @@ BYTES_PER_SECOND = 1e12
 # Elementwise, or cheap to read again, though torch does not tag them so.
 _POINTWISE = frozenset("convert_element_type _to_copy clone embedding full scalar_tensor arange iota".split())
 # Deterministic, but drawn or counted by the library: their results are kept.
-_KEPT = frozenset("_cudnn_rnn mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell".split())
+_KEPT = frozenset("_cudnn_rnn mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell packed_rnn".split())
 
 
 def is_pointwise(node: Node) -> bool:

@@ -103,7 +103,7 @@ def growth_of(node: Node) -> Growth:
         return Growth.JOINT
     if not isinstance(node.target, torch._ops.OpOverload):
         return Growth.OTHER
-    if node.target.namespace not in ("aten", "prims"):
+    if node.target.namespace not in ("aten", "prims", "fxpass"):
         return Growth.OTHER
     if name in _LINEAR_IN or ("backward" in name and name not in GROWTH):
         return Growth.GRADS
@@ -137,6 +137,7 @@ def gradients(node: Node) -> list[Node]:
     if op_name(node.target) in _LINEAR_IN:
         return [n for i in _LINEAR_IN[op_name(node.target)] if isinstance(n := node.args[i], Node)]
     found = [a for a, p in zip(node.args, node.target._schema.arguments, strict=False) if _is_grad(p.name)]
+    found = [n for a in found for n in (a if isinstance(a, (list, tuple)) else (a,))]
     return [n for n in found or node.args[:1] if isinstance(n, Node)]  # conv_tbc_backward calls it self
 
 

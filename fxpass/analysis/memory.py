@@ -20,6 +20,8 @@ from torch.fx import Node
 
 from ..ir.graph import Role, StepGraph
 from ..ir.sizes import expression, resolver
+from ..ir.unbacked import SIZES
+from .bounds import Bound, at_most, bounds
 from .liveness import Liveness, liveness
 from .scratch import scratch
 
@@ -84,7 +86,9 @@ class MemoryProfile:
     values: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     estimate: int = 0  # Inductor's own, bytes beyond the inputs; 0 if it did not say
-    unsized: tuple[str, ...] = ()  # what has a size nobody knows (it depends on data): counted as 0 bytes
+    # sizes that depend on data, counted at their largest: {"u0": "at most 10 (nonzero)"}
+    bounds: Mapping[str, str] = field(default_factory=dict)
+    unsized: tuple[str, ...] = ()  # what depends on data and has no bound: counted as 0 bytes
     missing: str = ""  # why there is no profile at all: the step runs all the same
 
     def live(self, moment: int) -> list[LiveTensor]:
@@ -235,16 +239,29 @@ class Symbols:
     """
 
     inputs: list[tuple[str, Any]]  # the user's name of an input, its fake value
+    bounds: tuple[Bound, ...] = ()
+    made: tuple[Any, ...] = ()  # fake values whose sizes depend on data
 
     @classmethod
     def of(cls, step: StepGraph) -> Symbols:
         found = [(step.names.get(n) or n.name, n.meta.get("val")) for n in step.inputs()]
-        return cls([(name, v) for name, v in found if isinstance(v, (Tensor, torch.SymInt))])
+        made = tuple(n.meta.get("val") for n in step.nodes() if n.meta.get(SIZES))
+        named = [(name, v) for name, v in found if isinstance(v, (Tensor, torch.SymInt))]
+        return cls(named, bounds(step), made)
 
     @property
     def resolve(self) -> Callable[[sympy.Expr], sympy.Expr]:
-        """Expressions in the symbols that are left: see :func:`~fxpass.ir.sizes.resolver`."""
-        return resolver(v for _, v in self.inputs)
+        """Expressions at their bounds in the symbols that are left: see :func:`~fxpass.ir.sizes.resolver`."""
+        resolved = resolver([*(v for _, v in self.inputs), *self.made])
+        pairs = [(resolved(b.symbol), resolved(b.size)) for b in self.bounds]
+        known = {s: size for s, size in pairs if isinstance(s, sympy.Symbol) and s not in size.free_symbols}
+        return lambda size: at_most(resolved(size), known)
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """The bounds in words: ``{"u0": "at most 10 (nonzero)"}``."""
+        resolve = self.resolve
+        return {str(b.symbol): f"at most {resolve(b.size)} ({b.node})" for b in self.bounds}
 
     def _sizes(self) -> Iterator[tuple[str, torch.SymInt, str]]:
         for name, value in self.inputs:
@@ -293,7 +310,9 @@ def graph_profile(step: StepGraph) -> MemoryProfile:
     found = [*_tensors(alive, nodes, step), *_scratch(alive, nodes)]
     tensors, unsized = sized(found, symbols.values, symbols.resolve)
     count = parameter_count(step)
-    return MemoryProfile(moments, tensors, count, symbols.values, symbols.sources, unsized=unsized)
+    return MemoryProfile(
+        moments, tensors, count, symbols.values, symbols.sources, bounds=symbols.stated, unsized=unsized
+    )
 
 
 def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Iterable[LiveTensor]:

@@ -156,7 +156,8 @@ ldexp logit_backward _weight_norm_interface _weight_norm_interface_backward trac
 polar complex view_as_complex linalg_cholesky_ex linalg_inv_ex _linalg_svd linalg_qr _linalg_eigh
 _linalg_solve_ex _linalg_det _linalg_slogdet linalg_lu_factor_ex linalg_solve_triangular linalg_lstsq
 linalg_pinv fake_quantize_per_tensor_affine _masked_softmax avg_pool3d avg_pool3d_backward
-rrelu_with_noise_functional rrelu_with_noise_backward
+rrelu_with_noise_functional rrelu_with_noise_backward packed_rnn packed_rnn_backward ctc_loss_backward
+linear_sum_assignment
 """
 
 COLOURS: dict[str, Colour] = {
@@ -183,7 +184,7 @@ def op_name(target: object) -> str:
 def colour_of(target: object) -> Colour | None:
     """The colour of an operator; None if the policy does not know it."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "fxpass":
-        return Colour.FOLLOW
+        return COLOURS.get(op_name(target), Colour.FOLLOW)
     if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims"):
         return None
     return COLOURS.get(op_name(target))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .marks import MARK
 
@@ -62,7 +63,7 @@ def keeps_elements(node: Node) -> bool:
     old, new = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None, node.meta.get("val")
     if not isinstance(old, Tensor) or not isinstance(new, Tensor) or "storage_offset" in arguments:
         return False
-    return old.dtype == new.dtype and old.ndim + new.ndim > 0 and bool(old.numel() == new.numel())
+    return old.dtype == new.dtype and old.ndim + new.ndim > 0 and guard_or_false(old.numel() == new.numel())
 
 
 def view_of(node: Node) -> Node | None:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map_only  # public in all but name: torch.export's documents use it
 
 from .graph import Origin, Phase, StepGraph, origin, phase
+from .unbacked import SIZES, recompute
 
 aten = torch.ops.aten
 _PROVENANCE = ("stack_trace", "nn_module_stack")  # what ties a node to the user's code
@@ -51,9 +52,22 @@ class Editor:
         with self.step.graph.inserting_before(following):
             yield
 
-    def call(self, target: Callable[..., Any], *args: Any, when: Phase, reason: str, **kwargs: Any) -> Node:
-        """A new call at the insertion point, its fake value computed, its origin stamped."""
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        when: Phase,
+        reason: str,
+        sizes_of: Node | None = None,
+        **kwargs: Any,
+    ) -> Node:
+        """A new call at the insertion point, its fake value computed, its origin stamped.
+
+        Sizes that depend on data are those of ``sizes_of``, which computes the same.
+        """
         node = self.step.graph.call_function(target, args, kwargs)
+        if sizes_of is not None and SIZES in sizes_of.meta:
+            node.meta[SIZES] = sizes_of.meta[SIZES]
         node.meta["fxpass_phase"] = when
         node.meta["fxpass_origin"] = Origin(self.pass_name, reason)
         source = next((a for a in node.all_input_nodes if "stack_trace" in a.meta), None)
@@ -73,7 +87,7 @@ class Editor:
         """``node`` again, reading ``copies`` of its inputs where there are any."""
         assert callable(node.target), f"{node.name} is not a call"
         args, kwargs = tree_map_only(Node, lambda n: copies.get(n, n), (node.args, node.kwargs))
-        return self.call(node.target, *args, when=when, reason=reason, **kwargs)
+        return self.call(node.target, *args, when=when, reason=reason, sizes_of=node, **kwargs)
 
     def expand(self, node: Node, body: GraphModule, *, reason: str) -> None:
         """Replace ``node`` by ``body``, a graph over the same inputs that computes the same results."""
@@ -102,8 +116,8 @@ class Editor:
         """Recompute the fake value of a node from those of its inputs."""
         args, kwargs = tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
         assert callable(node.target), f"{node.name} is not a call"
-        with self._fake_mode or torch.no_grad(), torch.no_grad():
-            node.meta["val"] = node.target(*args, **kwargs)
+        target = node.target
+        node.meta["val"] = recompute(node, self._fake_mode, lambda: target(*args, **kwargs))
         self.touched.add(node)
 
     def set_arg(self, node: Node, index: int, value: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import sympy
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -23,6 +24,11 @@ def resolver(values: Iterable[object]) -> Callable[[sympy.Expr], sympy.Expr]:
     sizes = (s for v in values for s in (v.shape if isinstance(v, Tensor) else [v]))
     env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
     return (lambda size: size) if env is None else (lambda size: env.replace(size))
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two fake tensors have one shape; sizes that depend on data and may be equal are."""
+    return a.ndim == b.ndim and all(guard_or_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def product(sizes: Iterable[int | torch.SymInt]) -> sympy.Expr:

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from ..errors import VerifyError
 from .alias import hazards
 from .graph import Phase, StepGraph, phase, tensor
+from .sizes import same_shape
+from .unbacked import recompute
 
 aten = torch.ops.aten
 Fail = Callable[[Node, str], VerifyError]
@@ -87,13 +89,13 @@ def _check_value(node: Node, fail: Fail) -> None:
     fakes = [a for a in tree_flatten((args, kwargs))[0] if hasattr(a, "fake_mode")]
     if not fakes or not callable(node.target) or node.target is aten.copy_.default:
         return
-    with fakes[0].fake_mode, torch.no_grad():
-        try:
-            found = node.target(*args, **kwargs)
-        except Exception as error:
-            raise fail(node, f"it cannot be computed from its inputs: {error}") from error
+    target = node.target
+    try:
+        found = recompute(node, fakes[0].fake_mode, lambda: target(*args, **kwargs))
+    except Exception as error:
+        raise fail(node, f"it cannot be computed from its inputs: {error}") from error
     for new, old in zip(tree_flatten(found)[0], tree_flatten(node.meta["val"])[0], strict=True):
-        if isinstance(new, torch.Tensor) and (new.dtype != old.dtype or new.shape != old.shape):
+        if isinstance(new, torch.Tensor) and (new.dtype != old.dtype or not same_shape(new, old)):
             raise fail(
                 node, f"its value is {new.dtype} {tuple(new.shape)}, recorded {old.dtype} {tuple(old.shape)}"
             )

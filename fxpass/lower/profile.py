@@ -192,7 +192,14 @@ class _Replay:
         values, sources = facts.symbols.values, facts.symbols.sources
         tensors, unsized = sized(found, values, facts.symbols.resolve)
         return MemoryProfile(
-            tuple(self.moments), tensors, facts.parameters, values, sources, estimate, unsized
+            tuple(self.moments),
+            tensors,
+            facts.parameters,
+            values,
+            sources,
+            estimate,
+            facts.symbols.stated,
+            unsized,
         )
 
     def tensor(self, storage: _Storage, end: int) -> LiveTensor:

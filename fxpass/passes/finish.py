@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..ir.alias import input_storages
 from ..ir.edit import Editor
@@ -59,7 +60,10 @@ def _same(a: object, b: object) -> bool:
     if not (isinstance(a, Node) and isinstance(b, Node)):
         return False
     x, y = tensor(a), tensor(b)
-    return x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride() and x.device == y.device
+    if x.dtype != y.dtype or x.device != y.device or x.ndim != y.ndim:
+        return False
+    sizes = zip((*x.shape, *x.stride()), (*y.shape, *y.stride()), strict=True)
+    return all(guard_or_false(a == b) for a, b in sizes)
 
 
 def _writes(node: Node) -> bool:

@@ -34,7 +34,7 @@ class Norms:
         self.step, self.edit, self.reason = step, edit, reason
         self._inverse: Node | None = None
 
-    def call(self, target: Any, *args: object, **kwargs: object) -> Node:
+    def call(self, target: Any, *args: object, **kwargs: Any) -> Node:
         return self.edit.call(target, *args, when=Phase.CHECK, reason=self.reason, **kwargs)
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:

@@ -84,3 +84,65 @@ def test_an_overflow_in_one_half_undoes_the_other() -> None:
     assert not torch.equal(states[3]["judge.0.weight"], states[2]["judge.0.weight"])
     stats = mp.stats()
     assert (stats.steps, stats.skipped, stats.scale) == (3, 1, 2.0**15)
+
+
+def penalty(net: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """WGAN-GP's, in a helper."""
+    share = torch.linspace(0, 1, real.shape[0])[:, None]
+    between = (share * real + (1 - share) * fake).detach().requires_grad_(True)
+    judged = net(between)
+    (grad,) = torch.autograd.grad(judged.sum(), between, create_graph=True)
+    return (grad.norm(dim=1) - 1).pow(2).mean()
+
+
+def wgan_gp(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x).mean() + penalty(net, x, x.flip(0))
+
+
+def r1(net: nn.Module, x: Tensor) -> Tensor:
+    x = torch.autograd.Variable(x, requires_grad=True)
+    judged = net(x)
+    (grad,) = torch.autograd.grad(judged.sum(), [x], create_graph=True)
+    return F.softplus(-judged).mean() + grad.pow(2).sum(1).mean() / 2
+
+
+def frozen_extractor(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = torch.tanh(2 * x)
+    hidden.requires_grad = True  # nobody asks its gradient
+    return net(hidden).pow(2).mean()
+
+
+def selected(net: nn.Module, x: Tensor) -> Tensor:
+    some = x[x[:, 0] > 0].requires_grad_()
+    (grad,) = torch.autograd.grad(net(some).sum(), some, create_graph=True)
+    return grad.pow(2).sum() / 6
+
+
+LOSSES = [wgan_gp, r1, frozen_extractor, selected]
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "all"], ids=lambda loss: getattr(loss, "__name__", loss))
+def test_a_tensor_of_the_step(loss: Callable[[nn.Module, Tensor], Tensor] | str) -> None:
+    def run(compiled: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+        def step(x: Tensor) -> Tensor:
+            value = loss(net, x) if callable(loss) else torch.stack([f(net, x) for f in LOSSES]).sum()
+            value.backward()
+            opt.step()
+            opt.zero_grad()
+            return value
+
+        call = torch.compile(step, backend=handle) if compiled else step
+        losses = [call(torch.randn(6, 4, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+        return losses, clone(dict(net.state_dict()))
+
+    torch.compiler.reset()
+    handle = MixedPrecision(dtype="float32", codegen="eager" if callable(loss) else "inductor")
+    expected = run(compiled=False)
+    same(run(compiled=True), expected, "losses and weights")
+    assert handle.stats().steps == 3
+    assert len(handle.graphs) == 1
