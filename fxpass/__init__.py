@@ -8,6 +8,8 @@ from .errors import LossScaleError as LossScaleError
 from .errors import OptimizerError as OptimizerError
 from .errors import OptionError as OptionError
 from .errors import VerifyError as VerifyError
+from .loop import Step as Step
+from .loop import step as step
 from .record import GraphRecord as GraphRecord
 from .runtime.scale import DynamicLossScale as DynamicLossScale
 from .runtime.scale import HeadroomLossScale as HeadroomLossScale

@@ -136,6 +136,8 @@ def of(step: Callable[..., Any]) -> MixedPrecision:
     Raises:
         OptionError: ``step`` was not compiled with this backend.
     """
+    if isinstance(handle := getattr(step, "handle", None), MixedPrecision):  # fxpass.step(...)
+        return handle
     backend = _torch.backend_of(step)
     found = _find(backend) if backend is not None else None
     if found is None:
