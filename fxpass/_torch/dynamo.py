@@ -22,7 +22,7 @@ import functools
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 from unittest import mock
@@ -30,19 +30,17 @@ from unittest import mock
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, output_graph, side_effects, symbolic_convert
-from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.exc import UserError
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor, user_defined
-from torch._dynamo.variables import torch as in_graph
+from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.marks import GRAD, MARK, SEED
 from ..ir.slots import Slot
-from . import abandoned, debugging, indexing, telling, texts
+from . import abandoned, consumed, debugging, indexing, substitutes, telling, texts, unbacked
 from .dynamo_common import (
     call,
     current_record,
@@ -58,15 +56,14 @@ from .dynamo_common import (
 from .dynamo_hooks import after_accumulation, hooked_gradient, refuse_backward_hooks, refuse_retain_grad
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
 from .eager import watch_backward
-from .gradients import behind, mixed_modes, traversed, values_of_transforms
+from .gradients import behind, mixed_modes
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .once import once_hook
 from .record import FrameRecord, LeafGrad
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
 from .setup import inline_hook, unsettled
-from .substitutes import call_hook, class_call_hook, graph_call_hook, skipped_call_hook
-from .unbacked import answer_hook, no_pending, operator_hook
+from .unbacked import no_pending
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
@@ -182,10 +179,6 @@ def _patches() -> Iterator[None]:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
         stack.enter_context(dynamo_config.patch(SETTINGS))
         patch(tensor.TensorVariable, "method_backward", _backward)
-        builtins = builtin.BuiltinVariable
-        patch(builtins, "call_function", indexing.get_hook(builtins.call_function))
-        setitem = tensor.TensorVariable.method___setitem__
-        patch(tensor.TensorVariable, "method___setitem__", indexing.set_hook(setitem))
         toggles = toggle_hook(tensor.TensorVariable.method_requires_grad_)
         patch(tensor.TensorVariable, "method_requires_grad_", toggles)
         patch(*SETATTR, assignment_hook(getattr(*SETATTR)))
@@ -224,20 +217,9 @@ def _patches() -> Iterator[None]:
             "call_function",
             module_zero_grad_hook(functions.UserMethodVariable.call_function),
         )
-        function = functions.UserFunctionVariable
-        patch(function, "call_function", call_hook(function.call_function))
-        operator = in_graph.TorchInGraphFunctionVariable
-        patch(operator, "call_function", graph_call_hook(operator.call_function))
-        classes = user_defined.UserDefinedClassVariable
-        patch(classes, "call_function", class_call_hook(classes.call_function))
-        skipped = functions.SkipFunctionVariable
-        patch(skipped, "call_function", skipped_call_hook(skipped.call_function))
-        patch(dynamo_utils, "run_node", operator_hook(dynamo_utils.run_node))
-        patch(ShapeEnv, "evaluate_expr", answer_hook(ShapeEnv.evaluate_expr))
+        for owner, name, hook in (*indexing.HOOKS, *substitutes.HOOKS, *unbacked.HOOKS, *consumed.HOOKS):
+            patch(owner, name, hook(getattr(owner, name)))
         patch(output_graph.OutputGraph, "__init__", _restart_hook(output_graph.OutputGraph.__init__))
-        patch(output_graph.OutputGraph, "_validate_outputs_safe_for_autograd_nodes", _note_consumed_outputs)
-        if leak := getattr(output_graph.OutputGraph, _LEAK, None):  # torch 2.11 has no such check
-            patch(output_graph.OutputGraph, _LEAK, _leak_hook(leak))
         patch(
             output_graph.OutputGraph,
             "compile_subgraph",
@@ -358,44 +340,6 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ---------------------------------------------------------------- end of the frame
-
-
-def _note_consumed_outputs(self: Any, rv: list[Any], tx: Any) -> None:
-    """Instead of breaking the graph, remember outputs whose autograd graph a backward() went through.
-
-    The backend detaches them: in eager they still carry a graph, but one that
-    raises when it is used (or holds all activations, after retain_graph=True).
-    """
-    record = record_of_frame()
-    within = values_of_transforms(self.graph) if record.events else set()
-    for variable in rv:
-        if _is_consumed(self, variable, within):
-            record.consumed.add(variable.as_proxy().node.name)
-
-
-def _is_consumed(graph: Any, variable: Any, within: Container[Any] = ()) -> bool:
-    """Whether a backward() of the frame went through the autograd graph of an output."""
-    if not isinstance(variable, tensor.TensorVariable) or not variable.requires_grad:
-        return False
-    node, record = variable.as_proxy().node, record_of_frame()
-    fake = node.meta["example_value"]
-    if fake.grad_fn is None:
-        return False
-    consumed = graph.autograd_grad_consumed_grad_fns | record.traversed
-    consumed |= traversed(graph.graph) if record.events else set()
-    return bool(output_graph.collect_reachable_grad_fns([(fake, None)]) & consumed) or node in within
-
-
-_LEAK = "_check_requires_grad_intermediate_outputs"
-
-
-def _leak_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What leaves the graph detached may depend on an intermediate that was told to require grad."""
-
-    def check(self: Any, rv: list[Any], tx: Any) -> None:
-        original(self, [v for v in rv if not _is_consumed(self, v)], tx)
-
-    return check
 
 
 def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
@@ -81,3 +82,9 @@ def _dims(item: Any) -> int:
 
 def _is_ellipsis(item: Any) -> bool:
     return item.is_python_constant() and item.as_python_constant() is ...
+
+
+HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (BuiltinVariable, "call_function", get_hook),
+    (TensorVariable, "method___setitem__", set_hook),
+]

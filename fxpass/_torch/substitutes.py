@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.variables import base
+from torch._dynamo.variables import base, functions, user_defined
+from torch._dynamo.variables import torch as in_graph
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.nn.modules import batchnorm, rnn, transformer
 from torch.nn.utils import rnn as packing
@@ -286,3 +287,9 @@ _IN_GRAPH: dict[Any, Callable[..., Any]] = {
     torch.backends.cudnn.flags: _no_switch,
 }
 _ = opaque  # registers the operators
+HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (functions.UserFunctionVariable, "call_function", call_hook),
+    (functions.SkipFunctionVariable, "call_function", skipped_call_hook),
+    (in_graph.TorchInGraphFunctionVariable, "call_function", graph_call_hook),
+    (user_defined.UserDefinedClassVariable, "call_function", class_call_hook),
+]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
+from torch._dynamo import utils as dynamo_utils
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from ..ir.unbacked import Asker, asked_by, asker
@@ -58,3 +59,9 @@ def answer_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return sympy.true if isinstance(orig_expr, sympy.Eq) else sympy.false
 
     return evaluate_expr
+
+
+HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (dynamo_utils, "run_node", operator_hook),
+    (ShapeEnv, "evaluate_expr", answer_hook),
+]

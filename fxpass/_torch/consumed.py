@@ -1,0 +1,61 @@
+"""Outputs whose autograd graph a backward of the frame went through: they leave the graph detached.
+
+Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+from torch._dynamo import output_graph
+from torch._dynamo.variables import tensor
+
+from .dynamo_common import record_of_frame
+from .gradients import traversed, values_of_transforms
+
+
+def _note_hook(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Instead of breaking the graph, remember outputs whose autograd graph a backward() went through.
+
+    The backend detaches them: in eager they still carry a graph, but one that
+    raises when it is used (or holds all activations, after retain_graph=True).
+    """
+
+    def note(self: Any, rv: list[Any], tx: Any) -> None:
+        record = record_of_frame()
+        within = values_of_transforms(self.graph) if record.events else set()
+        for variable in rv:
+            if is_consumed(self, variable, within):
+                record.consumed.add(variable.as_proxy().node.name)
+
+    return note
+
+
+def is_consumed(graph: Any, variable: Any, within: Container[Any] = ()) -> bool:
+    """Whether a backward of the frame went through the autograd graph of an output, or it is ``within``."""
+    if not isinstance(variable, tensor.TensorVariable) or not variable.requires_grad:
+        return False
+    node, record = variable.as_proxy().node, record_of_frame()
+    fake = node.meta["example_value"]
+    if fake.grad_fn is None:
+        return False
+    consumed = graph.autograd_grad_consumed_grad_fns | record.traversed
+    consumed |= traversed(graph.graph) if record.events else set()
+    return node in within or bool(output_graph.collect_reachable_grad_fns([(fake, None)]) & consumed)
+
+
+def _leak_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What leaves the graph detached may depend on an intermediate that was told to require grad."""
+
+    def check(self: Any, rv: list[Any], tx: Any) -> None:
+        original(self, [v for v in rv if not is_consumed(self, v)], tx)
+
+    return check
+
+
+_HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (output_graph.OutputGraph, "_validate_outputs_safe_for_autograd_nodes", _note_hook),
+    (output_graph.OutputGraph, "_check_requires_grad_intermediate_outputs", _leak_hook),
+]
+HOOKS = [(owner, name, hook) for owner, name, hook in _HOOKS if hasattr(owner, name)]  # torch 2.11 has one
