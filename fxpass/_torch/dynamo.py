@@ -109,6 +109,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return result
         except Exception as error:
             ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)
+            ours = ours or unbacked.refusal(error)
             if ours is None:
                 _note_failure(record, error)
                 raise

@@ -14,7 +14,9 @@ import sympy
 from torch._dynamo import utils as dynamo_utils
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from ..errors import CaptureError
 from ..ir.unbacked import Asker, asked_by, asker
+from .dynamo_common import user_line
 
 
 @contextlib.contextmanager
@@ -59,6 +61,15 @@ def answer_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return sympy.true if isinstance(orig_expr, sympy.Eq) else sympy.false
 
     return evaluate_expr
+
+
+def refusal(error: Exception) -> CaptureError | None:
+    """The error for what needs a size while tracing: a Python list of unknown length, for instance."""
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        return None
+    found = f"Python asks for a number that is known only when the step runs: {str(error).splitlines()[0]}"
+    hint = "say how many there are: torch.bincount(y, minlength=5)[:5].tolist() has five for certain"
+    return CaptureError(found, where=user_line(getattr(error, "real_stack", None)), hint=hint)
 
 
 HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from fxpass import MixedPrecision
+from fxpass import CaptureError, MixedPrecision
 from tests.helpers import EAGER, FP32, Training, compare, same, snapshot
 
 # said by torch itself, of attention masks of two kinds
@@ -219,3 +219,18 @@ def test_sizes_that_an_operator_compares_are_checked_before_anything_is_written(
     with pytest.raises((RuntimeError, AssertionError)):  # Inductor's own check is the other
         step(x, y + 5, mask)
     same(snapshot(ours), before, "state", exact=True)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["refused", "as the hint says"])
+def test_a_python_list_of_unknown_length(known: bool) -> None:
+    def loss(m: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        counts = torch.bincount(y, minlength=5)
+        parts = m(x).split((counts[:5] if known else counts).tolist())
+        return torch.stack([part.pow(2).sum() / 10 for part in parts]).mean()
+
+    if known:
+        follows(loss, MixedPrecision(**EAGER))
+        return
+    ours = training(loss)
+    with pytest.raises(CaptureError, match=r"(?s)test_data_sizes.py.*\[:5\]"):
+        torch.compile(ours.step, backend=MixedPrecision(**EAGER))(*data(0))
