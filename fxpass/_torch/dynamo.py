@@ -34,36 +34,31 @@ from torch._dynamo.exc import UserError
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
-from ..ir.marks import GRAD, MARK, SEED
 from ..ir.slots import Slot
 from . import abandoned, consumed, debugging, indexing, substitutes, telling, texts, unbacked
+from .dynamo_backward import backward
 from .dynamo_common import (
-    call,
     current_record,
     fail,
     inside,
     is_none,
     local,
-    no_grad,
     record_of_frame,
-    store_grad,
     user_line,
 )
-from .dynamo_hooks import after_accumulation, hooked_gradient, refuse_backward_hooks, refuse_retain_grad
+from .dynamo_hooks import refuse_backward_hooks, refuse_retain_grad
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
 from .eager import watch_backward
-from .gradients import behind, mixed_modes
+from .gradients import mixed_modes
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .once import once_hook
-from .record import FrameRecord, LeafGrad
+from .record import FrameRecord
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
 from .setup import inline_hook, unsettled
-from .unbacked import no_pending
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
 SETTINGS = {
@@ -179,7 +174,7 @@ def _patches() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, new: stack.enter_context(mock.patch.object(owner, name, new))  # noqa: E731
         stack.enter_context(dynamo_config.patch(SETTINGS))
-        patch(tensor.TensorVariable, "method_backward", _backward)
+        patch(tensor.TensorVariable, "method_backward", backward)
         toggles = toggle_hook(tensor.TensorVariable.method_requires_grad_)
         patch(tensor.TensorVariable, "method_requires_grad_", toggles)
         patch(*SETATTR, assignment_hook(getattr(*SETATTR)))
@@ -259,63 +254,6 @@ def _grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, tx, name)
 
     return var_getattr
-
-
-def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:
-    if inputs is None or is_none(inputs):
-        created = list(getattr(tx.output, "leaf_var_creation_order", ()))
-        return self._collect_backward_inputs([*created, *tx.output.input_source_to_var.values()]) or []
-    provided = inputs.items if isinstance(inputs, BaseListVariable) else [inputs]
-    return self._collect_backward_inputs(provided, error_on_non_leaf=True) or []
-
-
-def _backward(
-    self: Any,
-    tx: Any,
-    gradient: Any = None,
-    retain_graph: Any = None,
-    create_graph: Any = None,
-    inputs: Any = None,
-) -> Any:
-    """``loss.backward()`` as ``autograd.grad`` over the frame's leaves, gradients added to ``.grad``."""
-    record = record_of_frame()
-    if torch.is_anomaly_enabled():
-        raise fail(debugging.anomaly(user_line()))
-    if retain_graph is not None and is_none(retain_graph):
-        retain_graph = None
-    # differentiable gradients get no marks here: capture decides which of them have a scale
-    again = create_graph is not None and bool(create_graph.as_python_constant())
-    leaves = [v for v in _leaves(self, tx, inputs) if v.dtype.is_floating_point]
-    number = len(record.backwards)
-    record.backwards.append(user_line())
-    loss = self.as_proxy().node.meta["example_value"]
-    record.traversed |= behind([loss])
-    if not leaves:
-        return ConstantVariable.create(None)
-    with no_grad(tx):
-        seed = gradient if gradient is not None and not is_none(gradient) else call(tx, torch.ones_like, self)
-        seed = seed if again else call(tx, MARK, seed, SEED, number)
-    kwargs = {"allow_unused": True, "grad_outputs": seed, **({"create_graph": True} if again else {})}
-    if retain_graph is not None:
-        kwargs["retain_graph"] = retain_graph
-    with no_pending(tx.output.fake_mode):
-        grads = call(tx, torch.autograd.grad, self, TupleVariable(leaves), **kwargs)
-    with contextlib.nullcontext() if again else no_grad(tx):
-        for position, leaf in enumerate(leaves):
-            grad = grads.call_method(tx, "__getitem__", [ConstantVariable.create(position)], {})
-            if is_none(grad):
-                continue
-            record.reached = True
-            if not again:
-                grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
-                record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
-            grad = hooked_gradient(tx, leaf, grad)
-            old = leaf.var_getattr(tx, "grad")
-            if not is_none(old):
-                record.found.setdefault(leaf.as_proxy().node.name, old.as_proxy().node.name)
-            store_grad(tx, leaf, grad if is_none(old) else call(tx, torch.add, old, grad))
-            after_accumulation(tx, leaf)
-    return ConstantVariable.create(None)
 
 
 def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
