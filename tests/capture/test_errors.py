@@ -85,14 +85,6 @@ def _scaler(net: Mlp, opt: Any) -> Step:
     return step
 
 
-def _create_graph(net: Mlp, opt: Any) -> Step:
-    def step(x: Tensor, y: Tensor) -> None:
-        mse_loss(net(x), y).backward(create_graph=True)  # HERE
-        opt.step()
-
-    return step
-
-
 def _closure(net: Mlp, opt: Any) -> Step:
     def step(x: Tensor, y: Tensor) -> None:
         loss = mse_loss(net(x), y)
@@ -110,7 +102,6 @@ ERRORS = [
     (_no_backward, CaptureError, "no gradient"),
     (_other_loss_kept, CaptureError, "no backward"),
     (_scaler, OptimizerError, "GradScaler"),
-    (_create_graph, OptimizerError, "create_graph"),
     (_closure, OptimizerError, "closure"),
 ]
 BREAKS = (_break_between, _branch_in_forward, _break_in_a_loop)
