@@ -65,10 +65,16 @@ def class_call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
+_FLAGS = ("retain_graph", "create_graph", "allow_unused", "is_grads_batched", "materialize_grads")
+
+
 def graph_call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """For ``TorchInGraphFunctionVariable.call_function``: likewise for what would become one node."""
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value is torch.autograd.grad:  # Dynamo looks for its flags by name
+            named = zip(_FLAGS, args[3:], strict=False)
+            args, kwargs = args[:3], {**dict(named), **kwargs}
         function = _IN_GRAPH.get(self.value)
         if function is None or (function is _no_switch and not {"enabled", "benchmark"}.issuperset(kwargs)):
             return original(self, tx, args, kwargs)

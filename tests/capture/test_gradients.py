@@ -112,6 +112,23 @@ def test_an_overflow_skips_the_step_exactly(form: Form) -> None:
     same(dict(training.models[0].named_parameters()), before, "parameters", exact=True)
 
 
+def test_flags_by_position() -> None:
+    def form(net: nn.Module, opt: Any) -> Step:
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            out = net(x)
+            (slope,) = grad(out.sum(), x, None, True, True)
+            loss = mse_loss(out, y) + slope.square().mean()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            return loss
+
+        return step
+
+    compare(built(form, smooth), handle=MixedPrecision(**EAGER, loss_scale=1024.0))
+
+
 def test_gradients_reported_by_name() -> None:
     training = built(plain)()
     mp = MixedPrecision(**EAGER, loss_scale=1024.0)
