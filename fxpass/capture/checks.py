@@ -164,8 +164,9 @@ def _same(a: Sequence[object], b: Sequence[object]) -> bool:
 
 
 def computes(gm: GraphModule) -> bool:
-    """Whether there is anything to compile: what follows a print() after the step is often a detach alone."""
-    return any(n.op.startswith("call") and n.target != "detach" for n in gm.graph.nodes)
+    """Whether there is anything to compile: what follows a print() after the step is often a read alone."""
+    reads = ("detach", "item", torch.scalar_tensor)  # the last is how Dynamo hands a number back
+    return any(n.op.startswith("call") and n.target not in reads for n in gm.graph.nodes)
 
 
 def _found(what: str, broke: Break, before: str) -> str:
