@@ -89,7 +89,8 @@ def run_step(
         for slot, old in tensors.written.items():
             new = news[slot]
             new = new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new)
-            old.copy_(mark(new.reshape(old.shape), UPDATE, numbers[slot], olds[slot]))
+            new = new if new.shape == old.shape else new.reshape(old.shape)  # a number of shape (1,)
+            old.copy_(mark(new, UPDATE, numbers[slot], olds[slot]))
     counted = [slot for slot in tensors.state if slot.position is None]
     number = next(iter(tensors.params)).optimizer
     return Assumptions.of(optimizer, number, where, traced.comparisons, counted)

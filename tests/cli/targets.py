@@ -36,16 +36,16 @@ def keywords() -> Any:
 
 
 def breaks() -> Any:
-    """A step that looks at its loss before the update."""
+    """A step that branches on its loss before the update."""
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def step(x: Tensor) -> float:
+    def step(x: Tensor) -> Tensor:
         loss = model(x).sum()
         loss.backward()
-        value = loss.item()
-        optimizer.step()
-        return value
+        if loss.item() < 1e6:
+            optimizer.step()
+        return loss
 
     return step, (torch.randn(6, 4),)
 
