@@ -1,5 +1,6 @@
 """fxpass: whole-training-step mixed precision for PyTorch, as a Dynamo backend."""
 
+from . import integrations as integrations
 from .backend import MixedPrecision as MixedPrecision
 from .backend import of as of
 from .errors import CaptureError as CaptureError

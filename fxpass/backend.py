@@ -51,6 +51,11 @@ class MixedPrecision(Options):
         return self._state.scaler.tensors["scale"]
 
     @property
+    def grad_norm(self) -> Tensor:
+        """The norm of the last step's unscaled gradients before clipping: live, like ``scale``."""
+        return self._state.scaler.tensors["grad_norm"]
+
+    @property
     def graphs(self) -> list[GraphRecord]:
         """One record per compiled graph, oldest first."""
         return list(self._state.graphs)

@@ -39,13 +39,14 @@ ALLOWED: dict[str, set[str]] = {
         )
     },
     "backend": {"_torch", "compile", "errors", "options", "record", "runtime"},
+    "integrations": {"backend", "errors"},
     "dry_run": {
         *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
     },
     "report": {"__init__", "analysis", "dry_run", "ir", "passes"},
     "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
     "loop": {"backend", "errors"},
-    "__init__": {"backend", "errors", "loop", "record", "runtime"},
+    "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 PRIVATE = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._guards", "torch._subclasses")
