@@ -1,0 +1,121 @@
+"""The examples with other libraries' loops, beside the same runs in float32 without fxpass."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxpass
+from tests.helpers import same
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))  # their imports are written for scripts
+
+FAST = {"codegen": "eager"}
+
+
+def close(actual: list[float], expected: list[float]) -> None:
+    """Losses within 2 %."""
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=0.02, atol=0.0)
+
+
+def test_importing_fxpass_imports_none_of_the_libraries() -> None:
+    code = "import sys, fxpass; print(*sys.modules)"
+    import subprocess
+
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    tops = {name.partition(".")[0] for name in loaded.split()}
+    assert "fxpass" in tops
+    assert not tops & {"transformers", "accelerate", "lightning", "pytorch_lightning"}
+
+
+# ---------------------------------------------------------------- transformers
+
+
+@pytest.fixture
+def hf() -> Any:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    import hf_trainer
+
+    return hf_trainer
+
+
+def fast(hf: Any, **options: Any) -> Any:
+    """The example's trainer without Inductor."""
+    return type("Fast", (hf.MixedPrecisionTrainer,), {"fx_options": {**FAST, **options}})
+
+
+@pytest.mark.slow
+def test_trainer_follows_float32(hf: Any, tmp_path: Path) -> None:
+    plain = hf.train(hf.Trainer, tmp_path / "plain")
+    ours = hf.train(hf.MixedPrecisionTrainer, tmp_path / "ours")
+    for name in ("loss", "eval_loss", "grad_norm"):
+        close(hf.logged(ours, name), hf.logged(plain, name))
+    assert hf.logged(ours, "learning_rate") == hf.logged(plain, "learning_rate")
+    assert hf.logged(ours, "loss_scale") == [2.0**16] * 8
+    stats = ours.mp.stats()
+    assert (stats.steps, stats.skipped) == (8, 0)
+    assert stats.clipped == sum(norm > 1.0 for norm in hf.logged(ours, "grad_norm"))
+    assert len(ours.mp.graphs) == 1
+    assert hf.logged(ours, "loss")[-1] < 0.9 * hf.logged(ours, "loss")[0]
+
+
+def test_trainer_resumes_exactly(hf: Any, tmp_path: Path) -> None:
+    kind = fast(hf, loss_scale=fxpass.DynamicLossScale(growth_interval=3))
+    whole = hf.train(kind, tmp_path)
+    again = hf.train(kind, tmp_path / "again", resume=tmp_path / "checkpoint-4")
+    assert hf.logged(again, "loss") == hf.logged(whole, "loss")
+    assert again.mp.state_dict() == whole.mp.state_dict()
+    assert again.mp.stats().steps == 8
+    assert float(again.mp.scale) == 2.0**18
+    same(again.model.state_dict(), whole.model.state_dict(), "model", exact=True)
+    saved = torch.load(tmp_path / "checkpoint-4" / "scaler.pt", weights_only=True)
+    torch.amp.GradScaler("cpu").load_state_dict(saved)
+
+
+def test_trainer_skips_and_the_scheduler_waits(hf: Any, tmp_path: Path) -> None:
+    overflows = fxpass.DynamicLossScale(init_scale=2.0**127, max_scale=2.0**127, backoff_factor=2.0**-111)
+    ours = hf.train(fast(hf, loss_scale=overflows), tmp_path, max_steps=4, eval_strategy="no", save_strategy="no")
+    stats = ours.mp.stats()
+    assert (stats.steps, stats.skipped) == (4, 1)
+    rates = hf.logged(ours, "learning_rate")
+    assert rates[0] == rates[1] < rates[2]
+    assert hf.logged(ours, "loss_scale") == [2.0**16] * 4
+
+
+def test_trainer_takes_settings_from_its_arguments(hf: Any, tmp_path: Path) -> None:
+    """bfloat16, label smoothing, a last update of fewer micro-batches, early stopping, the backend's name."""
+    from transformers import EarlyStoppingCallback
+
+    settings = {
+        "label_smoothing_factor": 0.1,
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 3,
+        "max_steps": -1,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    }
+    callbacks = [EarlyStoppingCallback(2, 100.0)]
+    plain = hf.train(hf.Trainer, tmp_path / "plain", callbacks=callbacks, **settings)
+    new = {"bf16": True, "torch_compile_backend": "mixedprec"}
+    ours = hf.train(fast(hf), tmp_path / "ours", callbacks=callbacks, **settings, **new)
+    assert ours.mp.dtype is torch.bfloat16
+    assert ours.mp.stats().steps == ours.state.global_step == plain.state.global_step == 3
+    assert len(ours.mp.graphs) == 2
+    close(hf.logged(ours, "loss"), hf.logged(plain, "loss"))
+    close(hf.logged(ours, "eval_loss"), hf.logged(plain, "eval_loss"))
+    assert not hf.logged(ours, "loss_scale")
+
+
+def test_trainer_refuses_what_it_cannot_do(hf: Any, tmp_path: Path) -> None:
+    with pytest.raises(fxpass.OptionError, match=r"no Trainer stands after HFTrainer"):
+        type("Turned", (hf.Trainer, fxpass.integrations.HFTrainer), {})
+    with pytest.raises(fxpass.FxpassError, match="torch_empty_cache_steps"):
+        hf.train(fast(hf), tmp_path, torch_empty_cache_steps=1)
