@@ -5,14 +5,15 @@ Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches.
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Container, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
-from torch._dynamo.variables import misc, user_defined
+from torch._dynamo.variables import functions, misc, user_defined
 from torch._dynamo.variables.constant import ConstantVariable
 
 from ..errors import CaptureError, OptimizerError
@@ -28,7 +29,7 @@ from .dynamo_common import (
     store_grad,
     user_line,
 )
-from .optimizer import has_own_zero_grad
+from .optimizer import has_own_zero_grad, is_front
 from .record import StepEvent, StepParam
 from .requires_grad import input_proxy
 
@@ -40,15 +41,36 @@ def optimizer_step(index: int, params: list[Any], grads: list[Any], dynamic: lis
     raise AssertionError("an optimizer_step node reached execution")
 
 
+class _Method(functions.UserMethodVariable):
+    """``optimizer.step`` or ``optimizer.zero_grad``, not called yet: libraries ask for its signature."""
+
+    _nonvar_fields: ClassVar[set[str]] = {"method", *functions.UserMethodVariable._nonvar_fields}
+
+    def __init__(self, function: Any, owner: Any, method: str, **options: Any) -> None:
+        super().__init__(function, owner, **options)
+        self.method = method
+
+    def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+        return self.obj.call_method(tx, self.method, list(args), kwargs)
+
+
 def optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
+    if is_front(self.value):
+        return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
     if name not in ("step", "zero_grad"):
         _refuse_settled()
     if name in ("step", "zero_grad"):
-        return misc.GetAttrVariable(self, name, source=self.source and AttrSource(self.source, name))
+        source = self.source and AttrSource(self.source, name)
+        function = getattr(type(self.value), name)
+        if isinstance(function, types.FunctionType):
+            return _Method(function, self, name, source=source)
+        return misc.GetAttrVariable(self, name, source=source)
     return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
 
 
 def optimizer_call_method(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if is_front(self.value):
+        return user_defined.UserDefinedObjectVariable.call_method(self, tx, name, args, kwargs)
     if name != "zero_grad":
         _refuse_settled()
     if name == "zero_grad":

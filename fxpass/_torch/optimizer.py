@@ -22,6 +22,15 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     )
 
 
+def is_front(optimizer: Optimizer) -> bool:
+    """Whether it is an optimizer in name alone, in front of another one, as accelerate's is.
+
+    Its class inherits from Optimizer but never initialises it: it has no hooks and no state to
+    trace, and what its ``step()`` and ``zero_grad()`` do is ordinary Python.
+    """
+    return "_optimizer_step_pre_hooks" not in vars(optimizer)
+
+
 def has_own_step(optimizer: Optimizer) -> bool:
     """Whether ``step`` was replaced on the object; an LR scheduler's wrapper only notes that it ran."""
     step = vars(optimizer).get("step")

@@ -7,7 +7,9 @@ gives what the original gives; what it replaces would break the graph.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +60,10 @@ def class_call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """For ``UserDefinedClassVariable.call_function``: likewise for a class."""
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value is not torch.autograd.Variable:
+        function = _CLASSES.get(self.value) if self.value.__hash__ else None
+        if function is None:
             return original(self, tx, args, kwargs)
-        return VariableTracker.build(tx, _variable).call_function(tx, list(args), dict(kwargs))
+        return VariableTracker.build(tx, function).call_function(tx, list(args), dict(kwargs))
 
     return call_function
 
@@ -287,6 +290,10 @@ _SUBSTITUTES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
     rnn.LSTM.forward: (_takes_packed, _packed_rnn),
     rnn.GRU.forward: (_takes_packed, _packed_rnn),
     rnn.RNN.forward: (_takes_packed, _packed_rnn),
+}
+_CLASSES: dict[Any, Callable[..., Any]] = {
+    torch.autograd.Variable: _variable,
+    types.MethodType: functools.partial,  # contextlib.ExitStack binds __exit__ by it
 }
 _IN_GRAPH: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.ctc_loss: _ctc,
