@@ -39,6 +39,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
 from . import abandoned, consumed, debugging, indexing, substitutes, telling, texts, unbacked
+from .borgs import one_of_many
 from .dynamo_backward import backward
 from .dynamo_common import (
     current_record,
@@ -182,7 +183,7 @@ def _patches() -> Iterator[None]:
         patch(tensor.TensorVariable, "var_getattr", _grad_hook(tensor.TensorVariable.var_getattr))
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
-        patch(builder.VariableBuilder, "_wrap", _wrap_hook(builder.VariableBuilder._wrap))
+        patch(builder.VariableBuilder, "_wrap", one_of_many(_wrap_hook(builder.VariableBuilder._wrap)))
         patch(builder, "get_static_address_type", lambda _: None)
         effects = side_effects.SideEffects
         patch(effects, "codegen_update_mutated", codegen_hook(effects.codegen_update_mutated))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.variables import base, functions, user_defined
+from torch._dynamo.variables import base, ctx_manager, functions, user_defined
 from torch._dynamo.variables import torch as in_graph
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.nn.modules import batchnorm, rnn, transformer
@@ -60,8 +60,8 @@ def class_call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """For ``UserDefinedClassVariable.call_function``: likewise for a class."""
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        function = _CLASSES.get(self.value) if self.value.__hash__ else None
-        if function is None:
+        applies, function = _CLASSES.get(self.value, (None, None))
+        if applies is None or not applies(*args, **kwargs):
             return original(self, tx, args, kwargs)
         return VariableTracker.build(tx, function).call_function(tx, list(args), dict(kwargs))
 
@@ -276,6 +276,12 @@ def _no_switch(enabled: bool = False, benchmark: bool = False) -> Any:
     return contextlib.nullcontext()
 
 
+def _binds_to_context(function: Any, owner: Any) -> bool:
+    """Whether ``contextlib.ExitStack`` binds the ``__exit__`` of a context manager that Dynamo knows."""
+    own = isinstance(owner, ctx_manager.GenericContextWrappingVariable)  # Dynamo does it itself
+    return isinstance(owner, ctx_manager.ContextWrappingVariable) and not own
+
+
 def _always(*_: Any, **__: Any) -> bool:
     return True
 
@@ -291,9 +297,9 @@ _SUBSTITUTES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
     rnn.GRU.forward: (_takes_packed, _packed_rnn),
     rnn.RNN.forward: (_takes_packed, _packed_rnn),
 }
-_CLASSES: dict[Any, Callable[..., Any]] = {
-    torch.autograd.Variable: _variable,
-    types.MethodType: functools.partial,  # contextlib.ExitStack binds __exit__ by it
+_CLASSES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
+    torch.autograd.Variable: (_always, _variable),
+    types.MethodType: (_binds_to_context, functools.partial),
 }
 _IN_GRAPH: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.ctc_loss: _ctc,
