@@ -119,3 +119,34 @@ def test_trainer_refuses_what_it_cannot_do(hf: Any, tmp_path: Path) -> None:
         type("Turned", (hf.Trainer, fxpass.integrations.HFTrainer), {})
     with pytest.raises(fxpass.FxpassError, match="torch_empty_cache_steps"):
         hf.train(fast(hf), tmp_path, torch_empty_cache_steps=1)
+
+
+# ---------------------------------------------------------------- accelerate
+
+
+@pytest.fixture
+def loop() -> Any:
+    pytest.importorskip("accelerate")
+    import accelerate_loop
+
+    return accelerate_loop
+
+
+@pytest.mark.slow
+def test_accelerates_loop_follows_float32(loop: Any) -> None:
+    plain, ours = loop.train(), loop.train(loop.mixedprec)
+    close(ours.losses, plain.losses)
+    assert ours.rate == plain.rate
+    stats = ours.handle.stats()
+    assert (stats.steps, stats.skipped) == (len(plain.losses), 0) == (6, 0)
+    assert len(ours.handle.graphs) == 2  # the second for accelerate's count of micro-batches
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_accelerates_accumulation(loop: Any, accumulate: int) -> None:
+    plain = loop.train(accumulate=accumulate, clip=0.3)
+    compiled = lambda step: torch.compile(step, backend="mixedprec", options=FAST)  # noqa: E731
+    ours = loop.train(compiled, accumulate=accumulate, clip=0.3)
+    close(ours.losses, plain.losses)
+    assert ours.rate == plain.rate
+    assert ours.handle.stats().steps == len(plain.losses) == 12 // accumulate
