@@ -150,3 +150,164 @@ def test_accelerates_accumulation(loop: Any, accumulate: int) -> None:
     close(ours.losses, plain.losses)
     assert ours.rate == plain.rate
     assert ours.handle.stats().steps == len(plain.losses) == 12 // accumulate
+
+
+# ---------------------------------------------------------------- lightning
+
+
+@pytest.fixture
+def pl() -> Any:
+    pytest.importorskip("lightning")
+    import lightning_module
+
+    return lightning_module
+
+
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*log_every_n_steps",
+    "ignore:.*treespec",  # Lightning's own use of torch.utils._pytree
+    "ignore:.*LeafSpec",
+    "ignore:.*GPU available but not used",
+)
+
+
+def metrics(trainer: Any) -> list[float]:
+    return [float(trainer.logged_metrics[name]) for name in sorted(trainer.logged_metrics)]
+
+
+def rate(trainer: Any) -> list[float]:
+    return [o.param_groups[0]["lr"] for o in trainer.optimizers]
+
+
+@quiet
+@pytest.mark.slow
+def test_lightning_follows_float32(pl: Any) -> None:
+    """Accumulation, clipping, a smaller last batch, what is logged per step and per epoch, validation."""
+    plain = pl.train(gradient_clip_val=1.0, accumulate_grad_batches=2)
+    plugin = fxpass.integrations.LightningPrecision(max_norm=1.0)
+    ours = pl.train(plugin, accumulate_grad_batches=2)
+    assert sorted(ours.logged_metrics) == sorted(plain.logged_metrics)
+    close(metrics(ours), metrics(plain))
+    assert (ours.global_step, rate(ours)) == (plain.global_step, rate(plain))
+    assert plugin.mp.stats().steps == ours.global_step == 12
+    assert plugin.mp.stats().clipped > 0
+    assert ours.logged_metrics["accuracy"] > 0.5
+
+
+@quiet
+def test_lightning_resumes_exactly(pl: Any, tmp_path: Path) -> None:
+    scale = fxpass.DynamicLossScale(growth_interval=10)
+    first = pl.train(fxpass.integrations.LightningPrecision(**FAST, loss_scale=scale), max_epochs=1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    whole = fxpass.integrations.LightningPrecision(**FAST, loss_scale=scale)
+    again = fxpass.integrations.LightningPrecision(**FAST, loss_scale=scale)
+    expected = pl.train(whole)
+    actual = pl.train(again, checkpoint=tmp_path / "half.ckpt")
+    assert again.mp.state_dict() == whole.mp.state_dict()
+    assert again.mp.stats().steps == actual.global_step == 24
+    same(actual.model.state_dict(), expected.model.state_dict(), "model", exact=True)
+
+
+@quiet
+def test_lightning_with_hooks_of_the_module_and_of_callbacks(pl: Any) -> None:
+    class Hooked(pl.Digits):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            norms = [p.grad.norm() for p in self.parameters()]
+            self.log("norm", torch.stack(norms).norm())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": 2 * loss if self.global_step >= 5 else loss, "extra": loss.detach()}
+
+    class Counter(pl.pl.Callback):
+        def __init__(self) -> None:
+            self.backwards, self.losses = 0, []
+
+        def on_after_backward(self, trainer: Any, module: Any) -> None:
+            self.backwards += 1
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.losses += [float(outputs["loss"]), float(outputs["extra"])]
+
+    counters = [Counter(), Counter()]
+    settings = {"module": Hooked, "max_epochs": 1, "gradient_clip_val": 0.5}
+    plain = pl.train(callbacks=[counters[0]], **settings)
+    plugin = fxpass.integrations.LightningPrecision(**FAST)
+    ours = pl.train(plugin, callbacks=[counters[1]], **settings)
+    close(metrics(ours), metrics(plain))
+    close(counters[1].losses, counters[0].losses)
+    assert counters[1].backwards == counters[0].backwards == plugin.mp.stats().steps == 12
+
+
+@quiet
+@pytest.mark.parametrize("toggle", ["no", "calls", "context"])
+def test_lightning_with_two_optimizers(pl: Any, toggle: str) -> None:
+    F = torch.nn.functional  # noqa: N806 - as everywhere
+
+    class Gan(pl.pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.maker = torch.nn.Linear(64, 64)
+            self.judge = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            maker, judge = self.optimizers()
+            fake = self.maker(batch[0])
+            of_judge = F.softplus(self.judge(fake.detach())).mean() + F.softplus(-self.judge(batch[0])).mean()
+            judge.zero_grad()
+            self.manual_backward(of_judge)
+            self.clip_gradients(judge, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            judge.step()
+            if toggle == "context":
+                with maker.toggle_model():
+                    of_maker = self.make(maker, fake)
+            else:
+                if toggle == "calls":
+                    self.toggle_optimizer(maker)
+                of_maker = self.make(maker, fake)
+                if toggle == "calls":
+                    self.untoggle_optimizer(maker)
+            self.log_dict({"judge": of_judge, "maker": of_maker})
+            self.lr_schedulers().step()
+
+        def make(self, maker: Any, fake: Any) -> Any:
+            loss = F.softplus(-self.judge(fake)).mean()
+            maker.zero_grad()
+            self.manual_backward(loss)
+            maker.step()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (self.maker, self.judge)]
+            return optimizers, [torch.optim.lr_scheduler.StepLR(optimizers[0], 4, 0.5)]
+
+    plain = pl.train(module=Gan, max_epochs=1)
+    plugin = fxpass.integrations.LightningPrecision(**FAST)
+    ours = pl.train(plugin, module=Gan, max_epochs=1)
+    close(metrics(ours), metrics(plain))
+    assert (ours.global_step, rate(ours)) == (plain.global_step, rate(plain))
+    assert ours.global_step == 24
+    assert plugin.mp.stats().steps == 12
+
+
+@quiet
+def test_lightning_refuses_gradients_that_wait_for_another_batch(pl: Any) -> None:
+    class Waits(pl.Digits):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = F_loss(self.model, batch)
+            self.manual_backward(loss)
+            if batch_idx % 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    def F_loss(model: Any, batch: Any) -> Any:  # noqa: N802 - a helper of one line
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(fxpass.CaptureError, match="gradients leave the graph"):
+        pl.train(fxpass.integrations.LightningPrecision(**FAST), module=Waits)

@@ -42,6 +42,8 @@ class LightningPrecision(Precision):
         self._told: list[tuple[Any, ...]] = []  # what the compiled step tells: values logged, updates made
         self._automatic = torch.compile(self._update, backend=self.mp)
         self._manual = torch.compile(_training_step, backend=self.mp)
+        self._module: Any = None
+        self._given: _Manual | None = None
 
     def connect(self, model: nn.Module, optimizers: Any, lr_schedulers: Any) -> Any:
         """Take the place of the loop that calls forward, backward and the optimizer one by one."""
@@ -51,7 +53,7 @@ class LightningPrecision(Precision):
             raise FxpassError("LightningPrecision trains on one device", hint=hint)
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
         loop.run = functools.partial(self._run, loop)
-        self._held = ()
+        self._held, self._module, self._given = (), model, None
         return model, optimizers, lr_schedulers
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +139,24 @@ class LightningPrecision(Precision):
     @contextmanager
     def train_step_context(self) -> Iterator[None]:
         """Around the module's training_step(), which the loop for manual optimization calls."""
-        yield
+        module = self._module
+        if module is None or module.automatic_optimization:
+            yield
+            return
+        vars(module)["training_step"] = functools.partial(self._manually, module)
+        try:
+            yield
+        finally:
+            del vars(module)["training_step"]
+
+    def _manually(self, module: Any, *arguments: Any) -> Any:
+        trainer = module.trainer
+        if self._given is None or self._given.trained != trainer.optimizers:
+            self._given = _Manual(module, self._told)
+        with self._recorded(module, **self._given.replacements()):
+            output = self._manual(module, arguments)
+        self._tell(module, [arguments])
+        return output
 
     # ---------------------------------------------------------------- what the step tells
 
@@ -172,12 +191,84 @@ class LightningPrecision(Precision):
             elif kind == "log":
                 key, value, args, settings = what
                 module.log(key, value, *args, **settings)
+            else:  # the loop counts in these
+                stepped = module.trainer.strategy._lightning_optimizers[what[0]]
+                stepped._on_before_step()
+                stepped._on_after_step()
         module._current_fx_name = name
         self._told.clear()
 
 
 def _training_step(module: Any, arguments: Arguments) -> Any:
-    return module.training_step(*arguments)
+    return type(module).training_step(module, *arguments)
+
+
+class _Manual:
+    """What a module with manual optimization finds in the compiled step: optimizers, and a backward."""
+
+    def __init__(self, module: Any, told: list[tuple[Any, ...]]) -> None:
+        self.module, self.hooks = module, _hooks(module.trainer)
+        self.trained = list(module.trainer.optimizers)
+        self.fronts = [_Front(self, o, n, told) for n, o in enumerate(self.trained)]
+        self.toggled: _Front | None = None  # whose parameters alone get gradients
+
+    def replacements(self) -> dict[str, Callable[..., Any]]:
+        """Methods of the module that count, look for a trainer or switch ``requires_grad``."""
+        names = ("optimizers", "manual_backward", "toggle_optimizer", "untoggle_optimizer")
+        return {name: getattr(self, name) for name in names}
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return self.fronts[0] if len(self.fronts) == 1 else self.fronts
+
+    def manual_backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        for hook in self.hooks["on_before_backward"]:
+            hook(loss)
+        if self.toggled is not None:
+            kwargs = {"inputs": self.toggled.params(), **kwargs}
+        self.module.backward(loss, *args, **kwargs)
+        for hook in self.hooks["on_after_backward"]:
+            hook()
+
+    def toggle_optimizer(self, optimizer: Any) -> None:
+        self.toggled = optimizer
+
+    def untoggle_optimizer(self, optimizer: Any) -> None:
+        self.toggled = None
+
+
+class _Front:
+    """An optimizer whose steps Lightning counts when the graph has run."""
+
+    def __init__(self, owner: _Manual, optimizer: Any, number: int, told: list[tuple[Any, ...]]) -> None:
+        self.owner, self.optimizer, self.number, self.told = owner, optimizer, number, told
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    def params(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        result = closure() if closure is not None else None
+        for hook in self.owner.hooks["on_before_optimizer_step"]:
+            hook(self.optimizer)
+        self.told.append(("step", self.number))
+        self.optimizer.step()
+        return result
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        self.owner.toggle_optimizer(self)
+        yield
+        self.owner.untoggle_optimizer(self)
 
 
 _HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
