@@ -34,7 +34,10 @@ def digits(rows: int) -> TensorDataset:
 
 
 def train(
-    compiler: Callable[[Any], Any] = lambda step: step, rows: int = 768, accumulate: int = 2, clip: float = 1.0
+    compiler: Callable[[Any], Any] = lambda step: step,
+    rows: int = 768,
+    accumulate: int = 2,
+    clip: float = 1.0,
 ) -> Result:
     """Train for one epoch; ``compiler`` makes of the step what is called."""
     torch.manual_seed(0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import fxpass
@@ -18,7 +20,6 @@ class MixedPrecisionTrainer(fxpass.integrations.HFTrainer, Trainer):
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32,
@@ -62,15 +63,22 @@ def arguments(output: Path, **changes: Any) -> TrainingArguments:
 
 
 def train(
-    kind: type[Trainer], output: Path, *, resume: Path | None = None, callbacks: Any = None, **changes: Any
+    kind: type[Trainer],
+    output: Path,
+    *,
+    model: Callable[[], nn.Module] = llama,
+    resume: Path | None = None,
+    callbacks: Any = None,
+    **changes: Any,
 ) -> Trainer:
     """A trainer of ``kind`` after its training."""
+    torch.manual_seed(0)
     data = counting(80)
     trainer = kind(
-        model=llama(),
+        model=model(),
         args=arguments(output, **changes),
-        train_dataset=data[:64],  # pyright: ignore[reportArgumentType] - a list will do
-        eval_dataset=data[64:],  # pyright: ignore[reportArgumentType] - likewise
+        train_dataset=data[:64],
+        eval_dataset=data[64:],
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

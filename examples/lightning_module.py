@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxpass
 from _show import print_table
 
-ROWS, BATCH = 760, 64  # the last batch is smaller
+BATCH = 64
 
 
 class Digits(pl.LightningModule):
@@ -51,14 +51,18 @@ def loader(rows: slice) -> DataLoader[Any]:
 
 
 def train(
-    plugin: Any = None, module: type[pl.LightningModule] = Digits, checkpoint: Path | None = None, **settings: Any
+    plugin: Any = None,
+    module: type[pl.LightningModule] = Digits,
+    checkpoint: Path | None = None,
+    rows: int = 768,
+    **settings: Any,
 ) -> pl.Trainer:
     """A trainer after its training; ``plugin``: the one line."""
     torch.manual_seed(0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plain = {"max_epochs": 2, "enable_checkpointing": False, "accelerator": "auto", "devices": 1}
     trainer = pl.Trainer(plugins=plugin, **{**quiet, **plain, **settings})
-    trainer.fit(module(), loader(slice(ROWS)), loader(slice(ROWS, None)), ckpt_path=checkpoint)
+    trainer.fit(module(), loader(slice(rows)), loader(slice(1024, 1280)), ckpt_path=checkpoint)
     return trainer
 
 

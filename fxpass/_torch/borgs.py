@@ -14,13 +14,17 @@ from typing import Any
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.variables import base
 
-from .dynamo_common import record_of_frame
+from ..errors import CaptureError
+from .dynamo_common import fail, record_of_frame, user_line
+from .record import FrameRecord
 
 
 def one_of_many(original: Callable[..., Any]) -> Callable[..., Any]:
     """For ``VariableBuilder._wrap``: the variable of the object through which the state was met first."""
 
     def _wrap(self: Any, value: Any) -> Any:
+        if isinstance(value, dict):
+            record_of_frame().dicts.setdefault(id(value), user_line())
         attributes = None if isinstance(value, (type, FunctionType, ModuleType)) else _attributes(value)
         if attributes is None or self.source is None:
             return original(self, value)
@@ -32,6 +36,24 @@ def one_of_many(original: Callable[..., Any]) -> Callable[..., Any]:
         return base.VariableTracker.build(self.tx, first, source)
 
     return _wrap
+
+
+def refuse_two_ways(record: FrameRecord, effects: Any) -> None:
+    """Raise if attributes that the frame writes are also read from the dict, as a new object does.
+
+    Raises:
+        CaptureError: what was read may be older than what was written.
+    """
+    for number in record.dicts.keys() & record.by_attributes.keys():
+        owner = record.by_attributes[number][0]
+        variable = effects.id_to_variable.get(id(owner))
+        if variable is not None and effects.is_modified(variable):
+            name = type(owner).__name__
+            found = (
+                f"the step changes the state that all objects of {name} share, and reads it from a new one"
+            )
+            hint = f"make the {name} before the step, and use that one in it"
+            raise fail(CaptureError(found, where=record.dicts[number], hint=hint))
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:

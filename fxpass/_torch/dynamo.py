@@ -39,7 +39,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
 from . import abandoned, consumed, debugging, indexing, substitutes, telling, texts, unbacked
-from .borgs import one_of_many
+from .borgs import one_of_many, refuse_two_ways
 from .dynamo_backward import backward
 from .dynamo_common import (
     current_record,
@@ -288,6 +288,7 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if (error := unsettled(record)) is not None:
             raise fail(error)
         texts.refuse_unseen_changes(record, self.side_effects)
+        refuse_two_ways(record, self.side_effects)
         if getattr(reason, "graph_break", True) and reason.user_stack:
             cause, stack = reason.reason, reason.user_stack
             if cause == "step_unsupported" and record.broke is not None:

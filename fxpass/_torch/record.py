@@ -82,6 +82,7 @@ class FrameRecord:
     set_up: list[Any] = field(default_factory=list)  # calls made while tracing
     told: list[Any] = field(default_factory=list)  # calls to make when the graph has run, in order
     by_attributes: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # id -> object, source
+    dicts: dict[int, str] = field(default_factory=dict)  # id -> the line that reads it
     unseen: str = ""  # line of a call for later that may read and change anything
     settled: str = ""  # line of a call for later that changes what optimizers read
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed

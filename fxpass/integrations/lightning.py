@@ -112,7 +112,9 @@ class LightningPrecision(Precision):
             self._told.append(("batch", number))
             output = module.training_step(*arguments)
             outputs.append(output)
-            loss = (output["loss"] if isinstance(output, Mapping) else output) / module.trainer.accumulate_grad_batches
+            loss = (
+                output["loss"] if isinstance(output, Mapping) else output
+            ) / module.trainer.accumulate_grad_batches
             for hook in hooks["on_before_backward"]:
                 hook(loss)
             module.backward(loss)
@@ -121,7 +123,7 @@ class LightningPrecision(Precision):
         for hook in hooks["on_before_optimizer_step"]:
             hook(optimizer)
         trainer = module.trainer
-        if hooks["configure_gradient_clipping"] or trainer.gradient_clip_val:
+        if hooks[_CLIP] or trainer.gradient_clip_val:
             module.configure_gradient_clipping(
                 optimizer,
                 gradient_clip_val=trainer.gradient_clip_val,
@@ -271,14 +273,15 @@ class _Front:
         self.owner.untoggle_optimizer(self)
 
 
-_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+_CLIP = "configure_gradient_clipping"  # the module's alone
+_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", _CLIP)
 
 
 def _hooks(trainer: Any) -> dict[str, list[Callable[..., Any]]]:
     """What callbacks and the module have of their own for inside of an update."""
     module, found = trainer.lightning_module, {}
     for name in _HOOKS:
-        callbacks = [c for c in trainer.callbacks if name != _HOOKS[-1] and is_overridden(name, c)]
+        callbacks = [c for c in trainer.callbacks if name != _CLIP and is_overridden(name, c)]
         found[name] = [functools.partial(getattr(c, name), trainer, module) for c in callbacks]
         found[name] += [getattr(module, name)] if is_overridden(name, module) else []
     return found

@@ -31,7 +31,8 @@ class HFTrainer(_Trainer):
     name, in the class attribute ``fx_options``.
     """
 
-    fx_options: Mapping[str, Any] = {}  # noqa: RUF012 - read, never written
+    fx_options: Mapping[str, Any] = {}
+    optimizer: Any  # accelerate's, in front of the one that is compiled
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -47,7 +48,7 @@ class HFTrainer(_Trainer):
     @functools.cached_property
     def mp(self) -> MixedPrecision:
         """The handle: scale, statistics, graphs."""
-        given = {"max_norm": self.args.max_grad_norm or None}
+        given: dict[str, Any] = {"max_norm": self.args.max_grad_norm or None}
         if self.args.bf16:
             given["dtype"] = torch.bfloat16
         return MixedPrecision(**{**given, **self.fx_options})
