@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ def train(
     def step(batches: Batches) -> Tensor:
         total = torch.zeros((), device=accelerator.device)
         for images, labels in batches:
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model) if accumulate > 1 else nullcontext():
                 loss = F.cross_entropy(model(images), labels)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -26,7 +26,7 @@ class Digits(pl.LightningModule):
         super().__init__()
         self.model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)

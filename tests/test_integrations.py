@@ -67,10 +67,6 @@ def test_trainer_under_the_default_options(hf: Any, tmp_path: Path) -> None:
     compare_trainers(hf, hf.MixedPrecisionTrainer, tmp_path, Bigrams, **settings)
 
 
-def test_trainer_follows_float32(hf: Any, tmp_path: Path) -> None:
-    compare_trainers(hf, fast(hf), tmp_path, hf.llama)
-
-
 def compare_trainers(hf: Any, kind: Any, tmp_path: Path, model: Any, **settings: Any) -> None:
     """Accumulation, clipping, warm-up, what is logged, evaluation."""
     plain = hf.train(hf.Trainer, tmp_path / "plain", model=model, **settings)
@@ -116,8 +112,7 @@ def test_trainer_takes_settings_from_its_arguments(hf: Any, tmp_path: Path) -> N
 
     settings = {
         "label_smoothing_factor": 0.1,
-        "gradient_accumulation_steps": 3,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 24,
         "num_train_epochs": 3,
         "max_steps": -1,
         "eval_steps": 1,
@@ -132,8 +127,8 @@ def test_trainer_takes_settings_from_its_arguments(hf: Any, tmp_path: Path) -> N
     assert ours.mp.dtype is torch.bfloat16
     assert ours.mp.stats().steps == ours.state.global_step == plain.state.global_step == 3
     assert len(ours.mp.graphs) == 2
-    close(hf.logged(ours, "loss"), hf.logged(plain, "loss"))
-    close(hf.logged(ours, "eval_loss"), hf.logged(plain, "eval_loss"))
+    for name in ("loss", "eval_loss", "grad_norm"):
+        close(hf.logged(ours, name), hf.logged(plain, name))
     assert not hf.logged(ours, "loss_scale")
 
 
@@ -224,7 +219,7 @@ def compare_lightning(pl: Any, rows: int, accumulate: int, **options: Any) -> fx
 @pytest.mark.slow
 def test_lightning_follows_float32(pl: Any) -> None:
     mp = compare_lightning(pl, rows=768, accumulate=2)
-    assert len(mp.graphs) <= 2  # the second for batch_idx, which changes
+    assert len(mp.graphs) == 1
 
 
 @quiet
@@ -254,7 +249,7 @@ def test_lightning_with_hooks_of_the_module_and_of_callbacks(pl: Any) -> None:
             self.log("norm", torch.stack(norms).norm())
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
+            loss = super().training_step(batch) * (1 + batch_idx % 2)
             return {"loss": 2 * loss if self.global_step >= 5 else loss, "extra": loss.detach()}
 
     class Counter(pl.pl.Callback):
