@@ -145,8 +145,12 @@ def test_trainer_refuses_what_it_cannot_do(hf: Any, tmp_path: Path) -> None:
 @pytest.fixture
 def loop() -> Any:
     pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, GradientState
+
     import accelerate_loop
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of a Trainer before it in this process
+    GradientState._reset_state()
     return accelerate_loop
 
 

@@ -132,14 +132,20 @@ def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any])
     known then. A scheduler's too, since the optimizer of this step has taken its rates.
     """
     record = record_of_frame()
-    if not record.events or tx.output.root_tx.should_compile_partial_graph():
+    if not record.events:
         return None
-    fn = _real(fn)
+    fn, root = _real(fn), tx.output.root_tx
     owner = getattr(getattr(fn, "obj", None), "value", None)
-    if isinstance(owner, LRScheduler):
+    open_ = root.should_compile_partial_graph()
+    if isinstance(owner, LRScheduler) and not (open_ and not root.maybe_has_backedge()):
         return call_later(tx, fn.obj, args, kwargs, method=fn.fn.__name__, tells=True, settles=True)
     function = getattr(fn, "value", None) or getattr(fn, "fn", None)
-    if not callable(function) or owner is not None or not all(map(_is_value, [*args, *kwargs.values()])):
+    if (
+        open_
+        or not callable(function)
+        or owner is not None
+        or not all(map(_is_value, [*args, *kwargs.values()]))
+    ):
         return None
     record.unseen = user_line()
     return call_later(tx, function, args, kwargs, tells=True)
