@@ -140,12 +140,9 @@ def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any])
     if isinstance(owner, LRScheduler) and not (open_ and not root.maybe_has_backedge()):
         return call_later(tx, fn.obj, args, kwargs, method=fn.fn.__name__, tells=True, settles=True)
     function = getattr(fn, "value", None) or getattr(fn, "fn", None)
-    if (
-        open_
-        or not callable(function)
-        or owner is not None
-        or not all(map(_is_value, [*args, *kwargs.values()]))
-    ):
+    if open_ or not callable(function) or owner is not None:
+        return None
+    if not all(map(_is_value, [*args, *kwargs.values()])):
         return None
     record.unseen = user_line()
     return call_later(tx, function, args, kwargs, tells=True)

@@ -139,3 +139,26 @@ def test_state_that_is_read_from_a_new_object_is_refused_and_the_hint_trains() -
     loss = torch.compile(step, backend=mp)(*batches()[0])
     assert loss.item() == pytest.approx(expected)
     assert mp.stats().steps == 1
+
+
+def test_a_scheduler_in_a_loop_over_micro_batches() -> None:
+    def build() -> Training:
+        model = Mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros(())
+            for number, half in enumerate((slice(0, 3), slice(3, 6))):
+                loss = mse_loss(model(x[half]), y[half])
+                loss.backward()
+                if number == 1:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                total += loss.detach()
+            return total
+
+        return Training(step, [model], [optimizer])
+
+    compare(build, handle=handle())
