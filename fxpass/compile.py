@@ -177,6 +177,7 @@ class _Compilation:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
         self._lap("capture")
         step = to_step(self.captured, gm, self.names)
+        checks.check_reads(self.events, step.reads)
         check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
         look = current_look()

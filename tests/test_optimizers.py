@@ -508,6 +508,14 @@ class Grouping(Lion):
 
     def step(self) -> None:
         self.param_groups[0]["n"] = self.param_groups[0].get("n", 0) + 1
+        super().step()
+
+
+class Idle(Lion):
+    """Reads no gradient."""
+
+    def step(self) -> None:
+        self.param_groups[0]["n"] = self.param_groups[0].get("n", 0) + 1
 
 
 class Listing(Lion):
@@ -619,6 +627,7 @@ def test_counts_branches_and_first_steps(make: Make) -> None:
         (Flagging, r"changes state\['first'\]"),
         (Listing, r"changes self\.log"),
         (Tallying, r"changes self\.tally"),
+        (Idle, r"Idle\.step\(\) reads no gradient"),
         (Wrapping, r"holds another SGD in self\.inner"),
         (Sharing, "keeps state under 'all'"),
         (Peeking, r"failed where it was tried on one parameter alone.*test_optimizers\.py:\d+: .*neighbour"),

@@ -14,7 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .. import _torch
-from ..errors import CaptureError
+from ..errors import CaptureError, OptimizerError
+from ..ir.graph import Read
 from ..ir.slots import Slot
 from . import gradients
 from .breaks import Break
@@ -161,6 +162,14 @@ def _failed_guard(reason: str) -> tuple[str, str]:
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def check_reads(events: Sequence[Event], reads: Sequence[Read]) -> None:
+    """Raise :class:`OptimizerError` if no optimizer makes anything of a gradient: no verdict is about it."""
+    if events and not reads:
+        found = f"{type(events[0].optimizer()).__name__}.step() reads no gradient"
+        hint = "call an optimizer that reads none outside of the compiled function"
+        raise OptimizerError(found, where=events[0].where, hint=hint)
 
 
 def computes(gm: GraphModule) -> bool:

@@ -85,7 +85,8 @@ def run_step(
         olds = {slot: mark(tensors.written[slot], OLD, number) for slot, number in numbers.items()}
         news = _once(traced, tensors, None) if is_torchs(optimizer) else _any_way(traced)
         for slot, key in habits.first.items():
-            news[slot.state(key)] = filled(news[slot.state(key)])
+            new = news[slot.state(key)]
+            news[slot.state(key)] = filled(new) if isinstance(new, Tensor) else new
         for slot, old in tensors.written.items():
             new = news[slot]
             new = new.to(old.dtype) if isinstance(new, Tensor) else torch.full_like(old, new)

@@ -191,7 +191,8 @@ def _initial_state_of_user(optimizer: Optimizer, slot: Slot, where: str) -> dict
     if key is None:
         return made.state.first
     state = {k: torch.zeros_like(v) if isinstance(v, Tensor) else v for k, v in made.state.items()}
-    return {**state, key: torch.full_like(state[key], EMPTY)}
+    told = state[key]
+    return {**state, key: torch.full_like(told, EMPTY) if isinstance(told, Tensor) else EMPTY}
 
 
 def primed(optimizer: Optimizer, slots: Sequence[Slot], where: str) -> dict[Slot, str]:
@@ -232,7 +233,10 @@ def _telling_first(optimizer: Optimizer, slot: Slot, where: str) -> str | None:
     for key, value in one.state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             return key
-    hint = "keep a tensor of floats in the state of each parameter"
+    for key, value in one.state.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return key  # as a tensor it is one of floats
+    hint = "keep a tensor of floats or a number in the state of each parameter"
     found = f"{name}.step() takes its first step differently from the others, and no state tells which it is"
     raise OptimizerError(found, where=where, hint=hint)
 
