@@ -23,33 +23,39 @@ def _note_hook(_: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def note(self: Any, rv: list[Any], tx: Any) -> None:
-        record = record_of_frame()
+        record, behind = record_of_frame(), _gone_through(self)
         within = values_of_transforms(self.graph) if record.events else set()
         for variable in rv:
-            if is_consumed(self, variable, within):
+            if _is_consumed(variable, behind, within):
                 record.consumed.add(variable.as_proxy().node.name)
 
     return note
 
 
-def is_consumed(graph: Any, variable: Any, within: Container[Any] = ()) -> bool:
-    """Whether a backward of the frame went through the autograd graph of an output, or it is ``within``."""
+def _gone_through(graph: Any) -> set[Any]:
+    """The nodes of autograd that the frame's backwards went through."""
+    record = record_of_frame()
+    found = graph.autograd_grad_consumed_grad_fns | record.traversed
+    return found | traversed(graph.graph) if record.events else found
+
+
+def _is_consumed(variable: Any, behind: set[Any], within: Container[Any] = ()) -> bool:
+    """Whether the autograd graph of an output reaches nodes ``behind`` a backward, or it is ``within``."""
     if not isinstance(variable, tensor.TensorVariable) or not variable.requires_grad:
         return False
-    node, record = variable.as_proxy().node, record_of_frame()
+    node = variable.as_proxy().node
     fake = node.meta["example_value"]
     if fake.grad_fn is None:
         return False
-    consumed = graph.autograd_grad_consumed_grad_fns | record.traversed
-    consumed |= traversed(graph.graph) if record.events else set()
-    return node in within or bool(output_graph.collect_reachable_grad_fns([(fake, None)]) & consumed)
+    return node in within or bool(output_graph.collect_reachable_grad_fns([(fake, None)]) & behind)
 
 
 def _leak_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """What leaves the graph detached may depend on an intermediate that was told to require grad."""
 
     def check(self: Any, rv: list[Any], tx: Any) -> None:
-        original(self, [v for v in rv if not is_consumed(self, v)], tx)
+        behind = _gone_through(self)
+        original(self, [v for v in rv if not _is_consumed(v, behind)], tx)
 
     return check
 
