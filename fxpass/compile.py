@@ -61,7 +61,7 @@ class StepState:
         """
         if not record.break_reason:
             return
-        self.last_break = Break(record.break_reason, record.break_where, record.break_inside)
+        self.last_break = Break.of(record, self.last_break)
         if record.will_train or (record.given_up and record.backwards):
             raise given_up(record)
 

@@ -38,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
-from . import abandoned, consumed, debugging, indexing, substitutes, telling, texts, unbacked
+from . import abandoned, consumed, debugging, forks, indexing, substitutes, telling, texts, unbacked
 from .borgs import one_of_many, refuse_two_ways
 from .dynamo_backward import backward
 from .dynamo_common import (
@@ -59,6 +59,7 @@ from .handles import readable_name
 from .once import once_hook
 from .record import FrameRecord
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
+from .selects import refuse_written
 from .setup import inline_hook, unsettled
 
 _trains: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()  # what was compiled last
@@ -204,6 +205,7 @@ def _patches() -> Iterator[None]:
         patch(frame, "step_graph_break", abandoned.rest_hook(frame.step_graph_break))
         tx = symbolic_convert.InstructionTranslatorBase
         patch(tx, "log_graph_break", abandoned.log_hook(tx.log_graph_break))
+        patch(tx, "step", forks.step_hook(tx.step))
         patch(tx, "_format_value", texts.format_hook(tx._format_value))
         patch(tx, "call_function", texts.call_hook(tx.call_function))
         patch(tensor.TensorVariable, "method_tolist", texts.tolist_hook(tensor.TensorVariable.method_tolist))
@@ -287,6 +289,7 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         record = record_of_frame()
         if (error := unsettled(record)) is not None:
             raise fail(error)
+        refuse_written(record)
         texts.refuse_unseen_changes(record, self.side_effects)
         refuse_two_ways(record, self.side_effects)
         if getattr(reason, "graph_break", True) and reason.user_stack:

@@ -9,6 +9,7 @@ arrives here, after all rewrites, so options need not be in the key twice.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,7 @@ def compile_graph(
         tag_nodes(gm)
         lowered = decompose(gm, inputs)
         joint_graph_passes(lowered)
+        _plain_messages(lowered)
         from torch._inductor.utils import BoxedBool
 
         call: Any = _not_compiled
@@ -87,6 +89,15 @@ def compile_graph(
                 boxed_forward_device_index=None,
             )
         return Compiled(call, recorder.program or program_of(call), recorder.seconds)
+
+
+def _plain_messages(gm: GraphModule) -> None:
+    """Take out of assertions' texts what Inductor would write into a C++ literal as it is."""
+    for node in gm.graph.nodes:
+        if node.target in (aten._assert_async.msg, aten._functional_assert_async.msg):
+            condition, text, *rest = node.args
+            plain = re.sub(r"\s+", " ", str(text)).replace('"', "'").replace("\\", "/")
+            node.args = (condition, plain, *rest)
 
 
 def _not_compiled(inputs: list[Any]) -> Any:

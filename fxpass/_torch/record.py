@@ -85,6 +85,9 @@ class FrameRecord:
     dicts: dict[int, str] = field(default_factory=dict)  # id -> the line that reads it
     unseen: str = ""  # line of a call for later that may read and change anything
     settled: str = ""  # line of a call for later that changes what optimizers read
+    declined: dict[Any, str] = field(default_factory=dict)  # branch on data -> why not both sides
+    forking: list[Any] = field(default_factory=list)  # branches whose sides are being traced
+    selected: list[tuple[torch.Tensor, str]] = field(default_factory=list)  # what joins sides, and its line
     consumed: set[str] = field(default_factory=set)  # outputs whose graph backward() consumed
     break_reason: str = ""
     break_where: str = ""
@@ -105,11 +108,16 @@ class FrameRecord:
         """What the optimizer's step counts with in groups and attributes, and what each starts from."""
         return self.count(optimizer, self.number_of(optimizer))
 
+    def counts(self) -> tuple[int, ...]:
+        """How much was seen of what has an effect when the graph has run."""
+        seen = (self.backwards, self.events, self.told, self.set_up, self.kept, self.cleared, self.toggled)
+        return (*map(len, seen), self.reads)
+
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""
         kept = FrameRecord(self.backend, self.code, self.count, self.limit, error=self.error)
         kept.recompile_reason = self.recompile_reason
-        kept.set_up, kept.broke = self.set_up, self.broke
+        kept.set_up, kept.broke, kept.declined = self.set_up, self.broke, self.declined
         for call in kept.set_up:
             call.shown = call.entered = False
         vars(self).update(vars(kept))

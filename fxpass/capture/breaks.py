@@ -16,6 +16,14 @@ class Break:
     reason: str = ""
     where: str = ""
     inside: bool = False
+    why: str = ""  # a branch on data: why not both of its sides are in the graph
+
+    @classmethod
+    def of(cls, record: Any, outer: Break | None = None) -> Break:
+        """The last graph break of a frame (``_torch.FrameRecord``), of an enclosing one if it has none."""
+        why = next(filter(None, reversed(record.declined.values())), "")
+        own = cls(record.break_reason, record.break_where, record.break_inside, why or (outer or cls()).why)
+        return own if own else outer or own
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -24,7 +32,10 @@ class Break:
     def cause(self) -> str:
         """What broke the graph, and Dynamo's own words."""
         known = _known(self.reason)
-        return f"{known.found} ({self.reason.split('. ')[0]})" if known else self.reason
+        if known is None:
+            return self.reason
+        why = f", and {self.why}" if self.why and known is _ON_DATA else ""
+        return f"{known.found}{why} ({self.reason.split('. ')[0]})"
 
     @property
     def hint(self) -> str:
@@ -48,14 +59,15 @@ _OTHER = _Cause(
     "move it after optimizer.step(), behind any with, try or loop, or out of the compiled function",
     "call it before the compiled step, and give its result to the step as an argument",
 )
+_ON_DATA = _Cause(
+    r"generic_jump|ata-dependent|step_unsupported|`item`|Tensor\.item\(\)|__bool__",
+    "what happens next depends on a value that the step computes",
+    "choose with torch.where(condition, a, b), which keeps both sides in the graph, or decide after "
+    "optimizer.step(), behind any with, try or loop; a loss of inf or nan needs no test: it is skipped",
+    "choose with torch.where(condition, a, b), which keeps both sides in the graph",
+)
 _CAUSES = (
-    _Cause(
-        r"generic_jump|ata-dependent|step_unsupported|`item`|Tensor\.item\(\)|__bool__",
-        "what happens next depends on a value that the step computes",
-        "choose with torch.where(condition, a, b), which keeps both sides in the graph, or decide after "
-        "optimizer.step(), behind any with, try or loop; a loss of inf or nan needs no test: it is skipped",
-        "choose with torch.where(condition, a, b), which keeps both sides in the graph",
-    ),
+    _ON_DATA,
     _Cause(r"compiler\.disable", "torch was told not to trace a function", _DISABLED, _DISABLED),
 )
 
@@ -66,6 +78,6 @@ def _known(reason: str) -> _Cause | None:
 
 def given_up(record: Any) -> CaptureError:
     """The error for a frame that trains, and breaks where its graph cannot be resumed."""
-    broke = Break(record.break_reason, record.break_where, record.break_inside)
+    broke = Break.of(record)
     block = "inside a with, a try or a loop" if record.events else "before optimizer.step()"
     return CaptureError(f"the graph breaks {block}: {broke.cause}", where=broke.where, hint=broke.hint)

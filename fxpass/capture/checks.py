@@ -30,7 +30,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
         record: what the hooks saw (``_torch.FrameRecord``).
         last_break: reason and user line of the last graph break in an enclosing frame.
     """
-    broke = Break(record.break_reason, record.break_where, record.break_inside) or last_break or Break()
+    broke = Break.of(record, last_break)
     where = broke.where
     _refuse_sparse(gm)
     if record.backwards and not record.reached:
