@@ -105,6 +105,11 @@ def no_grad(tx: Any) -> Iterator[None]:
         mode.exit(tx)
 
 
+def object_of(variable: Any) -> Any:
+    """The Python object that a variable stands for; None for lists and dicts, known by their items."""
+    return vars(variable.realize()).get("value")
+
+
 def is_none(variable: Any) -> bool:
     return variable.is_python_constant() and variable.as_python_constant() is None
 

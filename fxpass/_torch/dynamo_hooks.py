@@ -62,7 +62,8 @@ def _hooks(tx: Any, leaf: Any, attribute: str) -> list[Any]:
 def refuse_backward_hooks(module: torch.nn.Module) -> None:
     """Raise for hooks of a module that eager calls in backward: no trace would call them."""
     everywhere = _modules._global_backward_hooks or _modules._global_backward_pre_hooks
-    if everywhere or module._backward_hooks or module._backward_pre_hooks:
+    own = vars(module)  # of one that is being made inside the step, they are not there yet
+    if everywhere or own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
         found = f"{type(module).__name__} has a backward hook registered (register_full_backward_hook)"
         hint = "register it on the tensor, in forward: out.register_hook(fn), which is traced"
         raise fail(CaptureError(found, where=user_line(), hint=hint))

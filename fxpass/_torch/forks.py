@@ -23,6 +23,7 @@ import torch
 from torch._dynamo import exc, symbolic_convert
 from torch._dynamo.bytecode_analysis import livevars_analysis
 from torch._dynamo.current_scope_id import enter_new_scope
+from torch._dynamo.variables import ctx_manager
 from torch._dynamo.variables.tensor import (
     SymNodeVariable,
     TensorVariable,
@@ -286,8 +287,10 @@ def _caught(tx: Any, inst: Any) -> bool:
 
 
 def _is_with(tx: Any, target: Any) -> bool:
-    index = tx.indexof[target]
-    return any(i.opname == "WITH_EXCEPT_START" for i in tx.instructions[index : index + 2])
+    """Whether what leaves a block goes to a context manager of torch's, which catches nothing."""
+    contexts = [block.with_context for block in tx.block_stack if block.target is target]
+    ours, others = ctx_manager.ContextWrappingVariable, ctx_manager.GenericContextWrappingVariable
+    return bool(contexts) and all(isinstance(c, ours) and not isinstance(c, others) for c in contexts)
 
 
 def _raised(tx: Any, inst: Any) -> str:

@@ -22,7 +22,7 @@ from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
 from ..errors import CaptureError
-from .dynamo_common import changed, fail, is_new, local, record_of_frame, user_line
+from .dynamo_common import changed, fail, is_new, local, object_of, record_of_frame, user_line
 from .record import FrameRecord
 from .ways import Ways
 
@@ -144,7 +144,7 @@ def _consider(
 
 
 def _is_model(variable: Any) -> bool:
-    value = getattr(variable, "value", None)
+    value = object_of(variable)
     return isinstance(value, torch.nn.Module) and any(p.requires_grad for p in value.parameters())
 
 
@@ -187,7 +187,7 @@ def _equal(variable: Any, value: Any) -> bool:
     if variable.is_python_constant():
         constant = variable.as_python_constant()
         return constant is value or (type(constant) is type(value) and constant == value)
-    return value is not None and getattr(variable, "value", None) is value
+    return value is not None and object_of(variable) is value
 
 
 # ---------------------------------------------------------------- variables as what they stand for

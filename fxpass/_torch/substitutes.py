@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.variables import base, ctx_manager, functions, user_defined
+from torch._dynamo.variables import base, builder, ctx_manager, functions, user_defined
 from torch._dynamo.variables import torch as in_graph
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.nn.modules import batchnorm, rnn, transformer
 from torch.nn.utils import rnn as packing
 
 from . import opaque
+from .dynamo_common import object_of
 
 VariableTracker = base.VariableTracker
 
@@ -68,6 +69,19 @@ def class_call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
+def sourceless_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``SourcelessBuilder.create``: what ``@torch.no_grad()`` calls, on a module made inside the step."""
+
+    def create(tx: Any, value: Any) -> Any:
+        owner = getattr(value, "__self__", None)
+        if isinstance(value, types.MethodType) and value.__name__ == "clone" and type(owner) in _GRAD_MODES:
+            return in_graph.TorchCtxManagerClassVariable(type(owner))
+        return original(tx, value)
+
+    return create
+
+
+_GRAD_MODES = (torch.no_grad, torch.enable_grad)
 _FLAGS = ("retain_graph", "create_graph", "allow_unused", "is_grads_batched", "materialize_grads")
 
 
@@ -108,7 +122,7 @@ def _cumulative_norm(self: Any, input: Tensor) -> Tensor:
 
 
 def _is_cumulative(module: Any, *_: Any, **__: Any) -> bool:
-    norm = getattr(module, "value", None)
+    norm = object_of(module)
     if not isinstance(norm, batchnorm._BatchNorm):
         return False
     return norm.training and norm.momentum is None and norm.num_batches_tracked is not None
@@ -271,6 +285,11 @@ def _variable(data: Tensor, requires_grad: bool = False, volatile: Any = None) -
     return data.detach().requires_grad_() if requires_grad else data.detach()
 
 
+def _buffer(data: Tensor, *, persistent: bool = True) -> Tensor:
+    """``torch.nn.Buffer``, for a module that is made inside the step and lives no longer: a tensor."""
+    return data.detach()
+
+
 def _no_switch(enabled: bool = False, benchmark: bool = False) -> Any:
     """``torch.backends.cudnn.flags``: which library computes is the compiler's to choose."""
     return contextlib.nullcontext()
@@ -299,11 +318,13 @@ _SUBSTITUTES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
 }
 _CLASSES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
     torch.autograd.Variable: (_always, _variable),
+    torch.nn.Buffer: (_always, _buffer),
     types.MethodType: (_binds_to_context, functools.partial),
 }
 _IN_GRAPH: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.ctc_loss: _ctc,
     torch.backends.cudnn.flags: _no_switch,
+    torch.nn.Buffer: _buffer,  # as transformers wants it
 }
 _ = opaque  # registers the operators
 HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -311,4 +332,5 @@ HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
     (functions.SkipFunctionVariable, "call_function", skipped_call_hook),
     (in_graph.TorchInGraphFunctionVariable, "call_function", graph_call_hook),
     (user_defined.UserDefinedClassVariable, "call_function", class_call_hook),
+    (builder.SourcelessBuilder, "create", sourceless_hook),
 ]

@@ -79,7 +79,7 @@ def _branch(net: Any, opt: Any, hinted: bool) -> Step:
         if hinted:
             loss = torch.where(loss > 1.5, loss * 0.5, loss)
         elif loss > 1.5:
-            loss = loss * 0.5
+            loss *= 0.5
         loss.backward()
         opt.step()
 
@@ -103,7 +103,9 @@ def _branch_inside(net: Any, opt: Any, hinted: bool) -> Step:
     def half(out: Tensor) -> Tensor:
         if hinted:
             return torch.where(out.mean() > 0, out * 0.5, out)
-        return out * 0.5 if out.mean() > 0 else out
+        if out.mean() > 0:
+            out *= 0.5
+        return out
 
     def step(x: Tensor, y: Tensor) -> None:
         opt.zero_grad()

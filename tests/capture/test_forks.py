@@ -1,0 +1,275 @@
+"""Branches on values that the step computes, in models and in the step, against eager PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxpass import CaptureError, MixedPrecision
+from tests.helpers import EAGER, FP32, Training, compare
+
+INF = float("inf")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.norm = nn.BatchNorm1d(8)
+        self.seen = nn.Buffer(torch.zeros(()))
+
+
+def clamped(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    if not torch.isfinite(h).all() or h.abs().max() > 2.0:
+        h = torch.clamp(torch.nan_to_num(h), -1.0, 1.0)
+    return m.last(h)
+
+
+def normalised(m: Any, x: Tensor) -> Tensor:
+    """The side that is not taken divides zero by zero."""
+    h = m.first(x) * x.abs().max()
+    norm = h.norm()
+    if norm > 0:
+        h = h / norm
+    else:
+        h = h + m.first.bias
+    return m.last(h)
+
+
+def refused_input(m: Any, x: Tensor) -> Tensor:
+    if x.max() >= 100:
+        raise ValueError(f'inputs are "below" {100}')
+    return m.last(m.first(x))
+
+
+def refused_deep(m: Any, x: Tensor) -> Tensor:
+    """Refused on one side only, which most batches do not take."""
+    h = m.first(x)
+    if x.max() >= 100:
+        if x.min() <= 0:
+            raise ValueError("large inputs are positive")
+        h = h / 100
+    return m.last(h)
+
+
+def returned(m: Any, x: Tensor) -> Tensor:
+    def part(h: Tensor) -> Tensor:
+        for i in range(3):
+            if h[i].mean() > 0.1 * i:
+                return h * (i + 1)
+        return torch.relu(h)
+
+    return m.last(part(m.first(x)))
+
+
+def by_size(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    rows = (x[:, 0] > 0.5).nonzero()
+    if rows.size(0) > 0:
+        picked = h[rows[:, 0]]
+        return F.mse_loss(picked, torch.zeros_like(picked)) + m.last(h)
+    return m.last(h) * 0.5
+
+
+def by_number(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    factor = 1.0
+    if h.mean().item() > 0.0:
+        factor = 0.25
+    return m.last(h * factor if x.mean() > 0 and h.max() > 0.3 else h)
+
+
+def continued(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    for i in range(3):
+        with torch.no_grad():
+            size = h.detach().abs().mean()
+        if size < 0.2 * i:
+            continue
+        h = h - 0.1 * h.tanh()
+    return m.last(h)
+
+
+def written_behind(m: Any, x: Tensor) -> Tensor:
+    """Both sides make their own tensor: it may be written."""
+    h = m.first(x)
+    out = h.tanh() if h.mean() > 0 else h.sin()
+    return m.last(out.mul_(2.0))
+
+
+def training(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[], Training]:
+    def build() -> Training:
+        torch.manual_seed(3)
+        net = Net()
+        opt = torch.optim.AdamW(net.parameters(), lr=1e-2)
+
+        def step(x: Tensor) -> Tensor:
+            opt.zero_grad()
+            loss = forward(net, x).pow(2).mean()
+            loss.backward()
+            opt.step()
+            return loss
+
+        calls = [(torch.randn(5, 4),), (-torch.rand(5, 4),), (torch.zeros(5, 4),), (torch.randn(5, 4) * 9,)]
+        return Training(step, [net], [opt], calls)
+
+    return build
+
+
+FORMS = (
+    clamped, normalised, refused_input, refused_deep, returned, by_size, by_number, continued, written_behind
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", FORMS)
+def test_as_eager(forward: Any) -> None:
+    compare(training(forward), handle=MixedPrecision(**EAGER))
+
+
+@pytest.mark.parametrize("forward", [clamped, normalised, refused_deep, by_size])
+def test_as_eager_by_default(forward: Any) -> None:
+    compare(training(forward), handle=MixedPrecision(**FP32))
+
+
+def test_the_side_not_taken_is_no_overflow() -> None:
+    """In float16, with the default options: 0 / 0 on the other side skips nothing."""
+    torch.compiler.reset()
+    run = training(normalised)()
+    mp = MixedPrecision(loss_scale=8.0)
+    step = torch.compile(run.step, backend=mp)
+    for x in (torch.zeros(5, 4), torch.randn(5, 4)):
+        step(x)
+    assert (mp.stats().steps, mp.stats().skipped) == (2, 0)
+
+
+@pytest.mark.parametrize("forward", [refused_input, refused_deep])
+@pytest.mark.parametrize("options", [EAGER, FP32], ids=["eager", "inductor"])
+def test_a_side_that_raises_writes_nothing(forward: Any, options: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    run = training(forward)()
+    before = [p.detach().clone() for p in run.models[0].parameters()]
+    with pytest.raises(RuntimeError, match=r"below|large inputs are positive"):
+        torch.compile(run.step, backend=MixedPrecision(**options))(torch.linspace(-300, 300, 20).view(5, 4))
+    assert all(map(torch.equal, before, run.models[0].parameters()))
+
+
+def in_place(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    if h.mean() > 0:
+        h.mul_(2.0)
+    return m.last(h)
+
+
+def counted(m: Any, x: Tensor) -> Tensor:
+    if x.mean() > 0:
+        m.seen.add_(1)
+    return m.last(m.first(x))
+
+
+def statistics(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    return m.last(m.norm(h) if h.mean() > 0 else h)
+
+
+def appended(m: Any, x: Tensor) -> Tensor:
+    parts = [m.first(x)]
+    if parts[0].mean() > 0:
+        parts.append(parts[0] * 2)
+    return m.last(sum(parts))
+
+
+def two_shapes(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    if h.mean() > 0:
+        h = h[:2]
+    return m.last(h)
+
+
+def looped(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    while h.norm() > 1:
+        h = h * 0.5
+    return m.last(h)
+
+
+def detached_behind(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    with torch.no_grad():
+        if h.mean() > 0:
+            h = h * 2
+    return m.last(h)
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (in_place, "writes to a tensor in place"),
+        (counted, "writes to a tensor in place"),
+        (statistics, "writes to a tensor in place"),
+        (appended, "changes what other code reads"),
+        (two_shapes, "different shapes"),
+        (looped, "how often a loop runs"),
+        (detached_behind, "gradients are switched off"),
+    ],
+)
+def test_what_cannot_be_a_select_is_refused(forward: Any, why: str) -> None:
+    torch.compiler.reset()
+    run = training(forward)()
+    step = torch.compile(run.step, backend=MixedPrecision(**EAGER))
+    with pytest.raises(CaptureError, match=rf"depends on a value(?s:.*){why}(?s:.*){__file__}"):
+        step(torch.randn(5, 4))
+
+
+def test_another_name_for_a_tensor_is_not_written_behind_a_branch() -> None:
+    """In eager the write would reach ``h`` as well, if the branch is not taken."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        out = h.tanh() if h.mean() > 0 else h
+        return m.last(out.mul_(2.0) + h)
+
+    torch.compiler.reset()
+    run = training(forward)()
+    step = torch.compile(run.step, backend=MixedPrecision(**EAGER))
+    with pytest.raises(CaptureError, match=r"branch on data is written in place(?s:.*)clone"):
+        step(torch.randn(5, 4))
+
+
+def test_a_module_made_inside_the_step() -> None:
+    """With a buffer, and a method under ``no_grad``: the losses of transformers' detection models."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.ones(2)
+            weight[-1] = 0.5
+            self.weight = nn.Buffer(weight)
+
+        @torch.no_grad()
+        def best(self, out: Tensor) -> Tensor:
+            return (out * self.weight).argmax(1)
+
+        def forward(self, out: Tensor) -> Tensor:
+            return F.cross_entropy(out, self.best(out), self.weight)
+
+    compare(training(lambda m, x: Weighted()(m.last(m.first(x)))), handle=MixedPrecision(**EAGER))
+
+
+def test_an_exception_that_is_caught_is_no_assertion() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with contextlib.suppress(ValueError):
+            refused_input(m, x)
+        return m.last(m.first(x))
+
+    torch.compiler.reset()
+    run = training(forward)()
+    mp = MixedPrecision(**EAGER)
+    torch.compile(run.step, backend=mp)(torch.full((5, 4), 200.0))
+    assert mp.stats().steps == 1
