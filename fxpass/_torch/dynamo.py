@@ -38,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
-from . import abandoned, consumed, debugging, forks, indexing, substitutes, telling, texts, unbacked
+from . import abandoned, consumed, debugging, forks, indexing, replicas, substitutes, telling, texts, unbacked
 from .borgs import one_of_many, refuse_two_ways
 from .dynamo_backward import backward
 from .dynamo_common import (
@@ -216,7 +216,13 @@ def _patches() -> Iterator[None]:
             "call_function",
             module_zero_grad_hook(functions.UserMethodVariable.call_function),
         )
-        for owner, name, hook in (*indexing.HOOKS, *substitutes.HOOKS, *unbacked.HOOKS, *consumed.HOOKS):
+        for owner, name, hook in (
+            *indexing.HOOKS,
+            *substitutes.HOOKS,
+            *unbacked.HOOKS,
+            *consumed.HOOKS,
+            *replicas.HOOKS,
+        ):
             patch(owner, name, hook(getattr(owner, name)))
         patch(output_graph.OutputGraph, "__init__", _restart_hook(output_graph.OutputGraph.__init__))
         patch(

@@ -15,9 +15,10 @@ from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from ..ir.marks import GRAD, MARK, SEED
 from . import debugging
 from .dynamo_common import call, fail, is_none, no_grad, record_of_frame, store_grad, user_line
-from .dynamo_hooks import after_accumulation, hooked_gradient
+from .dynamo_hooks import after_accumulation, has_hooks, hooked_gradient
 from .gradients import behind
 from .record import LeafGrad
+from .replicas import averaged, replica_of
 from .unbacked import no_pending
 
 
@@ -66,13 +67,22 @@ def backward(
             if is_none(grad):
                 continue
             record.reached = True
+            name, replica = leaf.as_proxy().node.name, replica_of(leaf)
+            # as stored in low precision, where nothing comes between autograd and the reduction
+            early = replica is not None and replica.syncs and name not in record.owed and not has_hooks(leaf)
+            if replica is not None and early:
+                grad = averaged(tx, grad, replica)
             if not again:
                 grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
-                record.leaf_grads.append(LeafGrad(number, leaf.as_proxy().node.name))
+                record.leaf_grads.append(LeafGrad(number, name))
             grad = hooked_gradient(tx, leaf, grad)
             old = leaf.var_getattr(tx, "grad")
             if not is_none(old):
-                record.found.setdefault(leaf.as_proxy().node.name, old.as_proxy().node.name)
-            store_grad(tx, leaf, grad if is_none(old) else call(tx, torch.add, old, grad))
+                record.found.setdefault(name, old.as_proxy().node.name)
+                grad = call(tx, torch.add, old, grad)
+            if replica is not None and not early:
+                grad = averaged(tx, grad, replica) if replica.syncs else grad
+                (record.owed.discard if replica.syncs else record.owed.add)(name)
+            store_grad(tx, leaf, grad)
             after_accumulation(tx, leaf)
     return ConstantVariable.create(None)

@@ -59,6 +59,14 @@ def _hooks(tx: Any, leaf: Any, attribute: str) -> list[Any]:
     return [table.call_method(tx, "__getitem__", [ConstantVariable.create(key)], {}) for key in hooks]
 
 
+def has_hooks(leaf: Any) -> bool:
+    """Whether something is to be called with the leaf's gradient."""
+    example = leaf.as_proxy().node.meta.get("grapharg")
+    return example is not None and any(
+        getattr(example.example, kind, None) for kind in (ON_GRADIENT, AFTER_ACCUMULATION)
+    )
+
+
 def refuse_backward_hooks(module: torch.nn.Module) -> None:
     """Raise for hooks of a module that eager calls in backward: no trace would call them."""
     everywhere = _modules._global_backward_hooks or _modules._global_backward_pre_hooks

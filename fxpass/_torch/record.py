@@ -78,6 +78,9 @@ class FrameRecord:
     modules: list[tuple[str, torch.nn.Module]] = field(default_factory=list)
     real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
     traversed: set[Any] = field(default_factory=set)  # nodes of autograd that a backward() went through
+    replicas: dict[int, Any] = field(default_factory=dict)  # id of a DistributedDataParallel -> Replica
+    replicated: dict[int, Any] = field(default_factory=dict)  # id of a parameter -> its Replica
+    owed: set[str] = field(default_factory=set)  # leaves whose .grad is this rank's alone: no_sync()
     toggled: dict[Any, Any] = field(default_factory=dict)  # variable of a parameter -> its graph input
     set_up: list[Any] = field(default_factory=list)  # calls made while tracing
     told: list[Any] = field(default_factory=list)  # calls to make when the graph has run, in order

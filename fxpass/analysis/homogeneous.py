@@ -54,6 +54,7 @@ upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsa
 _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _fft_r2c _fft_c2c _fft_c2r
 _conj resolve_conj complex view_as_complex view_as_real real imag conj_physical resolve_neg _conj_physical
 unsafe_split unsafe_chunk broadcast_tensors fill slice_inverse diag_embed copy
+all_reduce broadcast all_gather_into_tensor reduce_scatter_tensor all_to_all_single wait_tensor
 """
 
 _FREE = """

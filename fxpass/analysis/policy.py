@@ -110,6 +110,7 @@ native_channel_shuffle im2col col2im max_unpool2d max_unpool3d fractional_max_po
 adaptive_max_pool3d reflection_pad3d replication_pad3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d
 adaptive_avg_pool2d adaptive_avg_pool3d normal_functional uniform exponential geometric multinomial
 randint_like expand_copy permute_copy equal item _local_scalar_dense
+all_reduce broadcast all_gather_into_tensor reduce_scatter_tensor all_to_all_single wait_tensor
 """
 
 _BACKWARD_FOLLOW = """
@@ -185,7 +186,7 @@ def colour_of(target: object) -> Colour | None:
     """The colour of an operator; None if the policy does not know it."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "fxpass":
         return COLOURS.get(op_name(target), Colour.FOLLOW)
-    if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims"):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims", "_c10d_functional"):
         return None
     return COLOURS.get(op_name(target))
 
