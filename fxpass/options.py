@@ -53,6 +53,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, tuple) and all(isinstance(p, str) for p in v),
         "a tuple of fnmatch patterns over module names",
     ),
+    "reduce_dtype": (
+        lambda v: v is None or v is torch.float32,
+        "None (the gradient's own) or float32, as a torch dtype or its name",
+    ),
+    "bucket_mb": (lambda v: _number(v) and v >= 0, "a number >= 0: MiB of gradients reduced together"),
     "verify": _choice(True, False),
     "inductor": (
         lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
@@ -83,6 +88,8 @@ class Options:
     memory_budget: float | None = None
     outline: str = "auto"
     keep_fp32: tuple[str, ...] = ()
+    reduce_dtype: torch.dtype | str | None = None
+    bucket_mb: float = 25.0
     verify: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)
     codegen: str = "inductor"
@@ -93,6 +100,8 @@ class Options:
             name = dtype.removeprefix("torch.")
             dtype = DTYPES.get(ALIASES.get(name, name), dtype)
         object.__setattr__(self, "dtype", dtype)
+        if self.reduce_dtype in ("float32", "torch.float32"):
+            object.__setattr__(self, "reduce_dtype", torch.float32)
         patterns = self.keep_fp32
         if isinstance(patterns, list):
             object.__setattr__(self, "keep_fp32", tuple(patterns))

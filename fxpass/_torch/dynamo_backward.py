@@ -71,7 +71,7 @@ def backward(
             # as stored in low precision, where nothing comes between autograd and the reduction
             early = replica is not None and replica.syncs and name not in record.owed and not has_hooks(leaf)
             if replica is not None and early:
-                grad = averaged(tx, grad, replica)
+                grad = averaged(tx, grad, replica, number)
             if not again:
                 grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
                 record.leaf_grads.append(LeafGrad(number, name))
@@ -81,7 +81,7 @@ def backward(
                 record.found.setdefault(name, old.as_proxy().node.name)
                 grad = call(tx, torch.add, old, grad)
             if replica is not None and not early:
-                grad = averaged(tx, grad, replica) if replica.syncs else grad
+                grad = averaged(tx, grad, replica, number) if replica.syncs else grad
                 (record.owed.discard if replica.syncs else record.owed.add)(name)
             store_grad(tx, leaf, grad)
             after_accumulation(tx, leaf)

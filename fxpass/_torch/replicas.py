@@ -2,9 +2,9 @@
 
 Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches. DDP reduces in hooks of
 C++ autograd, which no trace sees: every rank would train alone. Here the wrapped module is called, and
-``backward()`` (``dynamo_backward.py``) hands each of its gradients, times 1 / N, to an all-reduce of
-torch's functional collectives. The verdict, the norm and the update then read what is the same on
-every rank. Other wrappers that communicate behind autograd's back are refused by name.
+``backward()`` (``dynamo_backward.py``) asks for the mean of each gradient, which the pass
+``data_parallel`` turns into all-reduces. The verdict, the norm and the update then read what is the
+same on every rank. Other wrappers that communicate behind autograd's back are refused by name.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.variables import nn_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import CaptureError
+from ..ir.marks import AVERAGE
 from .dynamo_common import call, fail, no_grad, record_of_frame, user_line
 
 _ops: Any = torch.ops._c10d_functional
@@ -106,13 +107,9 @@ def replica_of(leaf: Any) -> Replica | None:
     return None if argument is None else record_of_frame().replicated.get(id(argument.example))
 
 
-def averaged(tx: Any, grad: Any, replica: Replica) -> Any:
-    """The mean of ``grad`` over the ranks: 1 / N first, so that two large finite ones stay finite."""
-    return call(tx, _mean, grad, replica.group, 1.0 / replica.ranks)
-
-
-def _mean(grad: Tensor, group: str, share: float) -> Tensor:
-    return _ops.wait_tensor(_ops.all_reduce(grad * share, "sum", group))
+def averaged(tx: Any, grad: Any, replica: Replica, backward: int) -> Any:
+    """The mean over the ranks of a gradient of backward number ``backward``."""
+    return call(tx, AVERAGE, grad, replica.group, replica.ranks, backward)
 
 
 HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [

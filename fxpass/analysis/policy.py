@@ -175,6 +175,9 @@ COLOURS: dict[str, Colour] = {
 }
 
 
+_NAMESPACES = ("aten", "prims", "_c10d_functional")
+
+
 def op_name(target: object) -> str:
     """The policy's name of an operator: ``aten.add.Tensor`` is ``add``."""
     if isinstance(target, torch._ops.OpOverload):
@@ -186,7 +189,11 @@ def colour_of(target: object) -> Colour | None:
     """The colour of an operator; None if the policy does not know it."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "fxpass":
         return COLOURS.get(op_name(target), Colour.FOLLOW)
-    if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims", "_c10d_functional"):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace not in (
+        "aten",
+        "prims",
+        "_c10d_functional",
+    ):
         return None
     return COLOURS.get(op_name(target))
 

@@ -50,6 +50,20 @@ def _(
 MARK = torch.ops.fxpass.mark.default
 
 
+@torch.library.custom_op("fxpass::average", mutates_args=())
+def _average(grad: Tensor, group: str, ranks: int, backward: int) -> Tensor:
+    """The mean over a process group of a gradient of backward number ``backward``."""
+    raise NotImplementedError("the pass data_parallel replaces it")
+
+
+@_average.register_fake
+def _(grad: Tensor, group: str, ranks: int, backward: int) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+AVERAGE = torch.ops.fxpass.average.default
+
+
 def mark(x: Tensor, role: str, index: int, old: Tensor | None = None) -> Tensor:
     """The value of ``x`` (any shape and dtype), tagged with its role in the step."""
     return MARK(x, role, index, old)

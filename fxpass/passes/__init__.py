@@ -9,6 +9,7 @@ from .check_finite import CheckFinite
 from .clip import Clip
 from .clip_adaptive import ClipAdaptive
 from .clip_value import ClipValue
+from .data_parallel import DataParallel
 from .decompose import Decompose
 from .delay_wgrad import DelayWgrad
 from .diagnose import Diagnose
@@ -30,6 +31,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     UnscaleNonlinear,  # clamps and the like in backward see gradients without the scale
     Cast,  # float16 where the policy says so
     Embedding,  # gradients of tables by rows
+    DataParallel,  # gradients: their mean over the ranks
     Unscale,  # gradients * 1/scale, in float32
     CheckFinite,  # one verdict over the gradients as stored
     GradNorm,  # the reported norm, before clipping
