@@ -39,7 +39,7 @@ class MixedPrecision(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_inductor(self.inductor, _torch.inductor_settings())
-        object.__setattr__(self, "_shared", StepState(ScalerState(self.policy)))
+        object.__setattr__(self, "_shared", StepState(ScalerState(self.policy), group=self.group))
 
     @property
     def _state(self) -> StepState:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _torch, logs
 from .analysis.memory import MemoryProfile
@@ -32,6 +33,7 @@ from .look import DryRunEnd, Look, current_look, looking
 from .lower.compile import lower, profile_only
 from .options import Options
 from .passes import passes_for
+from .passes.data_parallel import plan_of
 from .passes.pipeline import run_pipeline
 from .record import GraphRecord
 from .runtime.report import Reporter
@@ -49,6 +51,10 @@ class StepState:
     watches: list[Watch] = field(default_factory=list)  # one per graph that trains
     last_break: Break | None = None  # the last graph break
     compilations: checks.Compilations = field(default_factory=checks.Compilations)
+    group: Any = None  # the process group of option data_parallel
+    # parameters that are equal on its ranks
+    replicated: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    plans: list[dict[str, list[str]]] = field(default_factory=list)  # of reductions, as the ranks agreed
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.scaler.loss_scale)
@@ -119,6 +125,7 @@ def compile_frame(
             undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
             event.habits = optim_state.habits_of(event.optimizer(), list(event.params), event.where)
             undo.append(counters.start(event.optimizer(), event.counters))
+        _share_weights(state, compilation.events)
         compiled = compilation.run()
     except BaseException as error:
         for back in reversed(undo):
@@ -128,6 +135,15 @@ def compile_frame(
         raise
     state.compilations.note(record)  # one that failed is none: the user may mend its cause and go on
     return compiled
+
+
+def _share_weights(state: StepState, events: Sequence[Event]) -> None:
+    """Start from equal weights on the ranks of option data_parallel; once, for each parameter."""
+    if state.group is not None:
+        weights = [slot.read(event.optimizer()) for event in events for slot in event.params]
+        new = [weight for weight in weights if weight not in state.replicated]
+        _torch.share_first(new, state.group)
+        state.replicated.update((weight, True) for weight in new)
 
 
 class _Compilation:
@@ -198,6 +214,7 @@ class _Compilation:
             if look.keep:
                 self.state.graphs.append(record)
             raise DryRunEnd
+        self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
         self._lap("lower")
         self.seconds["memory"] = lowered.seconds
@@ -205,6 +222,22 @@ class _Compilation:
         logs.log(record)
         self.state.graphs.append(record)
         return lowered.call
+
+    def _agree(self, step: StepGraph) -> None:
+        """Reduce what the other ranks reduce.
+
+        Raises:
+            CaptureError: another rank has compiled another step.
+        """
+        plan = plan_of(step)
+        if not plan or plan in self.state.plans:
+            return
+        for group, buckets in plan.items():
+            if differs := _torch.agree(buckets, group):
+                found = f"the ranks would train different steps: {differs}"
+                hint = "let every rank run the same step: the same parameters used, the same options"
+                raise CaptureError(found, where=self.record.backwards[0], hint=hint)
+        self.state.plans.append(plan)
 
     def _describe(self, watch: Watch, step: StepGraph) -> None:
         """Say what the columns of the watch table are."""

@@ -53,6 +53,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, tuple) and all(isinstance(p, str) for p in v),
         "a tuple of fnmatch patterns over module names",
     ),
+    "data_parallel": (
+        lambda v: v is None or _is_group(v),
+        "None, a torch.distributed.ProcessGroup or a DeviceMesh of one dimension",
+    ),
     "reduce_dtype": (
         lambda v: v is None or v is torch.float32,
         "None (the gradient's own) or float32, as a torch dtype or its name",
@@ -88,6 +92,7 @@ class Options:
     memory_budget: float | None = None
     outline: str = "auto"
     keep_fp32: tuple[str, ...] = ()
+    data_parallel: Any = None
     reduce_dtype: torch.dtype | str | None = None
     bucket_mb: float = 25.0
     verify: bool = True
@@ -134,10 +139,20 @@ class Options:
             raise OptionError("option release=True with grads='keep'", hint=hint)
 
     @property
+    def group(self) -> Any:
+        """The process group of ``data_parallel``, None without."""
+        mesh = self.data_parallel
+        return mesh.get_group() if hasattr(mesh, "get_group") else mesh
+
+    @property
     def policy(self) -> LossScale | None:
         """``loss_scale`` as the object it stands for."""
         assert not isinstance(self.loss_scale, (str, float, int)), "loss_scale is resolved in __post_init__"
         return self.loss_scale
+
+
+def _is_group(value: Any) -> bool:
+    return hasattr(value, "group_name") or getattr(value, "ndim", None) == 1
 
 
 def _check_clipping(options: Options) -> None:

@@ -37,3 +37,5 @@ from .optimizer import note_step as note_step
 from .record import FrameRecord as FrameRecord
 from .record import LeafGrad as LeafGrad
 from .record import StepEvent as StepEvent
+from .replicas import agree as agree
+from .replicas import share_first as share_first

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 
+from ..errors import CaptureError
 from ..ir.marks import GRAD, MARK, SEED
 from . import debugging
 from .dynamo_common import call, fail, is_none, no_grad, record_of_frame, store_grad, user_line
@@ -70,8 +71,12 @@ def backward(
             name, replica = leaf.as_proxy().node.name, replica_of(leaf)
             # as stored in low precision, where nothing comes between autograd and the reduction
             early = replica is not None and replica.syncs and name not in record.owed and not has_hooks(leaf)
+            if replica is not None and again:
+                hint = "call what DistributedDataParallel wraps (ddp.module), or leave create_graph out"
+                found = "backward(create_graph=True) through DistributedDataParallel"
+                raise fail(CaptureError(found, where=user_line(), hint=hint))
             if replica is not None and early:
-                grad = averaged(tx, grad, replica, number)
+                grad = averaged(tx, grad, replica, number, name)
             if not again:
                 grad = call(tx, MARK, grad, GRAD, len(record.leaf_grads))
                 record.leaf_grads.append(LeafGrad(number, name))
@@ -81,7 +86,7 @@ def backward(
                 record.found.setdefault(name, old.as_proxy().node.name)
                 grad = call(tx, torch.add, old, grad)
             if replica is not None and not early:
-                grad = averaged(tx, grad, replica, number) if replica.syncs else grad
+                grad = averaged(tx, grad, replica, number, name) if replica.syncs else grad
                 (record.owed.discard if replica.syncs else record.owed.add)(name)
             store_grad(tx, leaf, grad)
             after_accumulation(tx, leaf)

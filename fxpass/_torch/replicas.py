@@ -9,12 +9,14 @@ same on every rank. Other wrappers that communicate behind autograd's back are r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.variables import nn_module
@@ -27,6 +29,9 @@ from .dynamo_common import call, fail, no_grad, record_of_frame, user_line
 _ops: Any = torch.ops._c10d_functional
 _REFUSED = ("FullyShardedDataParallel", "FSDPModule")
 _HINT = "wrap it in DistributedDataParallel, or in nothing and all-reduce p.grad before optimizer.step()"
+
+
+_agreed: Counter[str] = Counter()  # plans compared so far, by process group
 
 
 @dataclass
@@ -103,13 +108,54 @@ def _refuse_settings(ddp: DistributedDataParallel) -> None:
 
 def replica_of(leaf: Any) -> Replica | None:
     """The replica that a leaf's gradient is averaged over; None for one that is this rank's alone."""
-    argument = leaf.as_proxy().node.meta.get("grapharg")
-    return None if argument is None else record_of_frame().replicated.get(id(argument.example))
+    argument, record = leaf.as_proxy().node.meta.get("grapharg"), record_of_frame()
+    if argument is None:
+        return None
+    if type(argument.example).__name__ == "DTensor":
+        found = "a parameter that is a DTensor, sharded over several ranks"
+        raise fail(CaptureError(found, where=user_line(), hint=_HINT))
+    group = record.backend.group
+    if group is not None and isinstance(argument.example, nn.Parameter):
+        return record.replicated.setdefault(id(argument.example), Replica(group.group_name, group.size()))
+    return record.replicated.get(id(argument.example))
 
 
-def averaged(tx: Any, grad: Any, replica: Replica, backward: int) -> Any:
-    """The mean over the ranks of a gradient of backward number ``backward``."""
-    return call(tx, AVERAGE, grad, replica.group, replica.ranks, backward)
+def averaged(tx: Any, grad: Any, replica: Replica, backward: int, name: str) -> Any:
+    """The mean over the ranks of parameter ``name``'s gradient of backward number ``backward``."""
+    return call(tx, AVERAGE, grad, replica.group, replica.ranks, backward, name)
+
+
+# ---------------------------------------------------------------- between the ranks
+
+
+def share_first(parameters: Iterable[Tensor], group: Any) -> None:
+    """Every parameter becomes that of the group's first rank, as DistributedDataParallel does it."""
+    for parameter in parameters:
+        distributed.broadcast(parameter.detach(), group=group, group_src=0)
+
+
+def agree(plan: Sequence[str], group: Any) -> str:
+    """Tell the other ranks of a group what this one will reduce, and hear what they will.
+
+    Through the store that set up the processes, so that no collective of a step gets mixed up with it.
+
+    Returns what differs, empty if nothing does.
+    """
+    from torch.distributed import distributed_c10d as c10d  # not in every build of torch
+
+    store = c10d._get_default_store()
+    ranks = distributed.get_process_group_ranks(c10d._resolve_process_group(group))
+    key = f"fxpass/plan/{group}/{_agreed[group]}"
+    _agreed[group] += 1
+    own = "\n".join(plan)
+    store.set(f"{key}/{distributed.get_rank()}", own)
+    for rank in ranks:
+        theirs = store.get(f"{key}/{rank}").decode()
+        if theirs != own:
+            pairs = zip_longest(plan, theirs.split("\n"), fillvalue="nothing")
+            here, there = next((a, b) for a, b in pairs if a != b)
+            return f"rank {distributed.get_rank()} reduces {here} where rank {rank} reduces {there}"
+    return ""
 
 
 HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [

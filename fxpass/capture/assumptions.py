@@ -136,6 +136,9 @@ def _refused_parameter(name: str, param: Tensor) -> Refusal:
 
 
 def _attributes(optimizer: Optimizer) -> Refusal:
+    if any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__):
+        hint = "use the optimizer_class that it was given, on every rank, under DistributedDataParallel"
+        return "ZeroRedundancyOptimizer, which sends parameters between ranks inside step()", hint
     own = {} if is_torchs(optimizer) else vars(optimizer)
     for key, value in own.items():
         if key in ("defaults", "param_groups", "state") or is_wrapped(optimizer, value):

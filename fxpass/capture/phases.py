@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from .. import _torch
 from ..ir.graph import Phase, Role, StepGraph, phase, source
-from ..ir.marks import GRAD, MARK, OLD, READ, SEED, UPDATE
+from ..ir.marks import AVERAGE, GRAD, MARK, OLD, READ, SEED, UPDATE
 
 STEPS = "fxpass_steps"  # how many optimizer steps came before
 FOLLOWED = "fxpass_followed"  # whether autograd follows the operation
@@ -103,9 +103,10 @@ def _known_phase(node: Node) -> Phase:
         return Phase.OUTPUT
     if (node.meta.get("custom") or {}).get("fxpass") == "update":
         return Phase.UPDATE
-    if node.meta.get("autograd_backward") or _is(node, SEED) or _is_unscaled(node):
+    as_it_leaves = node.target is AVERAGE and any(_is(user, GRAD) for user in node.users)
+    if node.meta.get("autograd_backward") or _is(node, SEED) or _is_unscaled(node) or as_it_leaves:
         return Phase.BACKWARD
-    return Phase.GRADIENT if node.target is MARK else Phase.FORWARD
+    return Phase.GRADIENT if node.target in (MARK, AVERAGE) else Phase.FORWARD
 
 
 def _is_unscaled(node: Node) -> bool:

@@ -51,13 +51,13 @@ MARK = torch.ops.fxpass.mark.default
 
 
 @torch.library.custom_op("fxpass::average", mutates_args=())
-def _average(grad: Tensor, group: str, ranks: int, backward: int) -> Tensor:
-    """The mean over a process group of a gradient of backward number ``backward``."""
+def _average(grad: Tensor, group: str, ranks: int, backward: int, name: str) -> Tensor:
+    """The mean over a process group of parameter ``name``'s gradient of backward number ``backward``."""
     raise NotImplementedError("the pass data_parallel replaces it")
 
 
 @_average.register_fake
-def _(grad: Tensor, group: str, ranks: int, backward: int) -> Tensor:
+def _(grad: Tensor, group: str, ranks: int, backward: int, name: str) -> Tensor:
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 

@@ -19,6 +19,7 @@ from .base import GraphPass
 aten = torch.ops.aten
 collectives: Any = torch.ops._c10d_functional
 REASON = "the mean over the ranks"
+REDUCES = "fxpass_reduces"  # whose gradients a bucket holds
 _MB = 2**20
 
 
@@ -41,30 +42,35 @@ class DataParallel(GraphPass):
     def run(self, step: StepGraph, edit: Editor) -> None:
         order = {node: i for i, node in enumerate(step.graph.nodes)}
         means = [node for node in step.graph.nodes if node.target is AVERAGE]
-        for _, of_one in groupby(means, key=lambda n: n.args[1:]):
-            for bucket in self._buckets(sorted(of_one, key=lambda n: order[source(n)])):
+        for _, of_one in groupby(means, key=lambda n: n.args[1:4]):
+            for bucket in self._buckets(sorted(of_one, key=lambda n: order[source(n)]), order):
                 self._reduce(edit, bucket)
 
-    def _buckets(self, means: list[Node]) -> Iterator[list[Node]]:
-        """Runs of equal dtype, each at most ``bucket_mb`` large or a single gradient."""
+    def _buckets(self, means: list[Node], order: dict[Node, int]) -> Iterator[list[Node]]:
+        """Runs of equal dtype, each at most ``bucket_mb`` large or a single gradient.
+
+        All gradients of a bucket are there before the first of their means is read.
+        """
         bucket: list[Node] = []
-        size = 0.0
+        size, read = 0.0, len(order)
         for node in means:
             value = tensor(node)
             more = value.numel() * value.element_size() / _MB
-            if bucket and (size + more > self.bucket_mb or value.dtype != tensor(bucket[0]).dtype):
+            full = size + more > self.bucket_mb or order[source(node)] > read
+            if bucket and (full or value.dtype != tensor(bucket[0]).dtype):
                 yield bucket
-                bucket, size = [], 0.0
+                bucket, size, read = [], 0.0, len(order)
             bucket.append(node)
-            size += more
+            size, read = size + more, min(read, *(order[user] for user in node.users))
         if bucket:
             yield bucket
 
     def _reduce(self, edit: Editor, bucket: list[Node]) -> None:
-        _, group, ranks, _ = bucket[0].args
-        when, grads = phase(bucket[0]), [source(node) for node in bucket]
+        _, group, ranks, *_ = bucket[0].args
+        grads = [source(node) for node in bucket]
+        when = phase(bucket[0])
         assert isinstance(ranks, int)
-        first = edit.first(bucket)
+        first = edit.first(user for node in bucket for user in node.users)
         assert first is not None
 
         def call(target: Any, *args: Any) -> Node:
@@ -77,9 +83,10 @@ class DataParallel(GraphPass):
                 filled = edit.cast(filled, self.reduce_dtype, when=when, reason=REASON)
             shares = call(aten.mul.Tensor, filled, 1.0 / ranks)
             started = call(collectives.all_reduce.default, shares, "sum", group)
+            started.meta[REDUCES] = tuple(f"{n.args[4]}{list(tensor(n).shape)}" for n in bucket)
         with edit.before(first):
             done = call(collectives.wait_tensor.default, started)
-            done = edit.cast(done, tensor(first).dtype, when=when, reason=REASON)
+            done = edit.cast(done, tensor(bucket[0]).dtype, when=when, reason=REASON)
             sizes = [tensor(node).numel() for node in bucket]
             parts = call(aten.split_with_sizes.default, done, sizes) if len(bucket) > 1 else None
             for i, node in enumerate(bucket):
@@ -87,3 +94,13 @@ class DataParallel(GraphPass):
                 mean = call(aten.view.default, part, list(tensor(node).shape))
                 edit.replace_uses(node, mean)
                 edit.erase(node)
+
+
+def plan_of(step: StepGraph) -> dict[str, list[str]]:
+    """What the step reduces, in order, by the name of the process group: the same on every rank, or else."""
+    plan: dict[str, list[str]] = {}
+    for node in step.graph.nodes:
+        if REDUCES in node.meta:
+            text = f"{', '.join(node.meta[REDUCES])} in {tensor(node).dtype}"
+            plan.setdefault(str(node.args[2]), []).append(text)
+    return plan
