@@ -1,0 +1,295 @@
+"""Two processes on gloo that train beside eager DistributedDataParallel: ``python -m tests.ranks``.
+
+Prints one JSON object: what each program gave on rank 0, or the error it raised there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from fxpass import MixedPrecision
+
+WORLD, CALLS = 2, 4
+Batch = list[tuple[Tensor, Tensor]]
+Step = Callable[[Batch, Tensor], Any]
+EAGER = {"dtype": "float32", "loss_scale": 8.0, "codegen": "eager"}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.last.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def _plain(net: nn.Module, model: Callable[..., Tensor], opt: Any) -> tuple[nn.Module, Step]:
+    def step(batches: Batch, factor: Tensor) -> Tensor:
+        x, y = batches[0]
+        opt.zero_grad()
+        loss = mse_loss(model(x), y) * factor
+        loss.backward()
+        opt.step()
+        return loss
+
+    return net, step
+
+
+def replicated() -> tuple[nn.Module, Step]:
+    net = Net()
+    return _plain(net, DDP(net), _sgd(net))
+
+
+def clipped() -> tuple[nn.Module, Step]:
+    net = Net()
+    model, opt = DDP(net), _sgd(net)
+
+    def step(batches: Batch, factor: Tensor) -> None:
+        opt.zero_grad()
+        mse_loss(model(batches[0][0]), batches[0][1]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        opt.step()
+
+    return net, step
+
+
+def accumulated() -> tuple[nn.Module, Step]:
+    net = Net()
+    model, opt = DDP(net), _sgd(net)
+
+    def step(batches: Batch, factor: Tensor) -> None:
+        opt.zero_grad()
+        with model.no_sync():
+            for x, y in batches[:2]:
+                mse_loss(model(x), y).backward()
+        mse_loss(model(batches[2][0]), batches[2][1]).backward()
+        opt.step()
+
+    return net, step
+
+
+def hooked() -> tuple[nn.Module, Step]:
+    net = Net()
+    net.first.weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+    return _plain(net, DDP(net), _sgd(net))
+
+
+def unused() -> tuple[nn.Module, Step]:
+    net = Net()
+    net.extra = nn.Linear(3, 3)
+    return _plain(net, DDP(net, find_unused_parameters=True), _sgd(net))
+
+
+def two_models() -> tuple[nn.Module, Step]:
+    nets = nn.ModuleList([Net(), Net()])
+    first, second = DDP(nets[0]), DDP(nets[1])
+    one, two = _sgd(nets[0]), _sgd(nets[1])
+
+    def step(batches: Batch, factor: Tensor) -> None:
+        x, y = batches[0]
+        one.zero_grad()
+        mse_loss(first(x), y).backward()
+        one.step()
+        two.zero_grad()
+        mse_loss(second(x), first(x).detach()).backward()
+        two.step()
+
+    return nets, step
+
+
+def by_hand() -> tuple[nn.Module, Step]:
+    """The user's own all-reduce, between backward and step."""
+    net = Net()
+    opt = _sgd(net)
+    net.norm.eval()
+
+    def step(batches: Batch, factor: Tensor) -> None:
+        opt.zero_grad()
+        (mse_loss(net(batches[0][0]), batches[0][1]) * factor).backward()
+        for p in net.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+        opt.step()
+
+    return net, step
+
+
+def option() -> tuple[nn.Module, Step]:
+    """No wrapper; ranks that start from different weights."""
+    net = Net()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            net.first.weight.zero_()
+    return _plain(net, net, _sgd(net))
+
+
+def without_buffers() -> tuple[nn.Module, Step]:
+    net = Net()
+    return _plain(net, DDP(net, broadcast_buffers=False), _sgd(net))
+
+
+def other_ways() -> tuple[nn.Module, Step]:
+    """One rank uses a layer that the other does not."""
+    net = Net()
+    net.extra = nn.Linear(8, 8)
+    model = DDP(net, find_unused_parameters=True)
+    through = net.extra if dist.get_rank() == 0 else nn.Identity()
+    return _plain(net, lambda x: model(through(x)), _sgd(net))
+
+
+def comm_hook() -> tuple[nn.Module, Step]:
+    net = Net()
+    model = DDP(net)
+    model.register_comm_hook(None, fp16_compress_hook)
+    return _plain(net, model, _sgd(net))
+
+
+def sharded() -> tuple[nn.Module, Step]:
+    net = Net()
+    fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+    return _plain(net, net, _sgd(net))
+
+
+def tensor_parallel() -> tuple[nn.Module, Step]:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(net, init_device_mesh("cpu", (WORLD,)), plan)
+    return _plain(net, net, _sgd(net))
+
+
+def zero() -> tuple[nn.Module, Step]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of its own imports
+
+    net = Net()
+    return _plain(net, DDP(net), ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1))
+
+
+Build = Callable[[], tuple[nn.Module, Step]]
+# name: what is compiled, its options, and what eager trains beside it
+PROGRAMS: dict[str, tuple[Build, dict[str, Any], Build]] = {
+    "replicated": (replicated, EAGER, replicated),
+    "by default": (replicated, {"dtype": "float32", "loss_scale": 8.0}, replicated),
+    "small buckets": (replicated, {**EAGER, "bucket_mb": 0.0004}, replicated),
+    "in float32": (
+        replicated,
+        {"loss_scale": 8.0, "codegen": "eager", "reduce_dtype": "float32"},
+        replicated,
+    ),
+    "float16": (replicated, {"loss_scale": 8.0}, replicated),
+    "per tensor": (replicated, {**EAGER, "skip": "tensor"}, replicated),
+    "released": (replicated, {**EAGER, "release": True}, replicated),
+    "clipped": (clipped, EAGER, clipped),
+    "accumulated": (accumulated, EAGER, accumulated),
+    "hooked": (hooked, EAGER, hooked),
+    "unused": (unused, EAGER, unused),
+    "two models": (two_models, EAGER, two_models),
+    "by hand": (by_hand, EAGER, by_hand),
+    "option": (option, EAGER, without_buffers),
+    "other ways": (other_ways, EAGER, replicated),
+    "comm hook": (comm_hook, EAGER, replicated),
+    "sharded": (sharded, EAGER, replicated),
+    "tensor parallel": (tensor_parallel, EAGER, replicated),
+    "zero": (zero, EAGER, replicated),
+}
+OVERFLOWS = ("replicated", "by default", "small buckets", "per tensor", "released", "by hand", "float16")
+
+
+def _train(name: str, rank: int) -> dict[str, Any]:
+    build, options, reference = PROGRAMS[name]
+    if build is option:
+        options = {**options, "data_parallel": dist.group.WORLD}
+    torch.compiler.reset()
+    mp = MixedPrecision(**options)
+    net, step = build()
+    compiled = torch.compile(step, backend=mp)
+    skipped = (1, CALLS) if name in OVERFLOWS else ()  # an overflow on one rank, then on the other
+    for call in range(CALLS + 1):
+        bad = call in skipped and rank == (0 if call == 1 else 1)
+        compiled(_batches(rank, call), torch.tensor(float("inf") if bad else 1.0))
+    other, eager = reference()
+    for call in range(CALLS + 1):
+        if call not in skipped:
+            eager(_batches(rank, call), torch.tensor(1.0))
+    stats = mp.stats()
+    return {
+        "difference": _distance(_state(net, skipped), _state(other, skipped)),
+        "ranks": _between_ranks(net),
+        "steps": stats.steps,
+        "skipped": stats.skipped,
+        "reductions": mp.graphs[0].after.count("all_reduce.default("),
+    }
+
+
+def _batches(rank: int, call: int) -> Batch:
+    made = torch.Generator().manual_seed(1000 * rank + call)
+    return [(torch.randn(6, 8, generator=made), torch.randn(6, 4, generator=made)) for _ in range(3)]
+
+
+def _state(net: nn.Module, skipped: tuple[int, ...]) -> list[Tensor]:
+    """Parameters, and buffers unless an overflow has passed through them."""
+    buffers = [] if skipped else [b for b in net.buffers() if b.is_floating_point()]
+    return [*net.parameters(), *buffers]
+
+
+def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return max((a.detach() - b.detach()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def _between_ranks(net: nn.Module) -> float:
+    mine = torch.cat([p.detach().flatten() for p in net.parameters()])
+    all_of_them = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(all_of_them, mine)
+    return _distance([all_of_them[0]], [all_of_them[1]])
+
+
+def _work(rank: int, port: int, names: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    found = {}
+    for name in names:
+        try:
+            found[name] = _train(name, rank)
+        except Exception as error:  # of one program, the others go on
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+    if rank == 0:
+        print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(_work, (port, sys.argv[1:] or list(PROGRAMS)), nprocs=WORLD)
+
+
+if __name__ == "__main__":
+    main()

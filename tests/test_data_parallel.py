@@ -1,0 +1,69 @@
+"""Two processes: averaged gradients beside eager DistributedDataParallel, one verdict, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxpass import MixedPrecision, OptionError
+from tests.ranks import CALLS, OVERFLOWS, PROGRAMS
+
+ROOT = Path(__file__).parents[1]
+REFUSED = {
+    "other ways": "the ranks would train different steps(?s:.*)reduces",
+    "comm hook": "DistributedDataParallel with a communication hook",
+    "sharded": "FSDPModule inside the step",
+    "tensor parallel": "a parameter that is a DTensor",
+    "zero": "ZeroRedundancyOptimizer, which sends parameters",
+}
+TRAINED = [name for name in PROGRAMS if name not in REFUSED]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """Every program in the same two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ranks"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_as_eager(found: dict[str, Any], name: str) -> None:
+    result = found[name]
+    assert "error" not in result, result["error"]
+    assert result["steps"] == CALLS + 1
+    assert result["ranks"] == 0.0
+    half = PROGRAMS[name][1].get("dtype") != "float32"
+    assert result["difference"] < (2e-3 if half else 3e-7)
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
+    assert found[name]["skipped"] == 2
+
+
+def test_reductions_are_bucketed(found: dict[str, Any]) -> None:
+    assert found["replicated"]["reductions"] == 1
+    assert found["accumulated"]["reductions"] == 1, "no_sync: one reduction at the end"
+    assert found["small buckets"]["reductions"] > 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(found: dict[str, Any], name: str) -> None:
+    assert re.search(REFUSED[name], found[name].get("error", "trained"))
+
+
+@pytest.mark.parametrize("name", ["data_parallel", "reduce_dtype", "bucket_mb"])
+def test_options_are_checked(name: str) -> None:
+    with pytest.raises(OptionError, match=f"option {name}='much'"):
+        MixedPrecision(**{name: "much"})  # pyright: ignore[reportArgumentType]
