@@ -25,6 +25,7 @@ from .handles import innermost as innermost
 from .handles import is_argument as is_argument
 from .handles import source_name as source_name
 from .inductor import Compiled as Compiled
+from .inductor import combo_settings as combo_settings
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition

@@ -62,8 +62,9 @@ def _lower(
         start = time.perf_counter()
         memory = _or_missing(lambda: graph_profile(step))
         return Lowered(_eager(step), memory, time.perf_counter() - start)
-    settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    joined = {} if on_cpu else _torch.combo_settings()
+    settings = {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
     start = time.perf_counter()
     facts = facts_of(step)
     facts.seconds = time.perf_counter() - start

@@ -1,0 +1,42 @@
+"""How many launches a step may take: the one table of the tier.
+
+A number is what was counted when the line was last changed. A change that
+needs fewer lowers it; one that needs more says why, in its commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, options, and the most launches its step may take."""
+
+    model: str
+    launches: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.model, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+CLIP = {"max_norm": 1.0}
+BF16 = {"dtype": "bfloat16"}
+
+CASES = (
+    Case("mlp", 999, CLIP),
+    Case("mlp", 999, {**CLIP, **BF16}),
+    Case("mlp", 999, {"skip": "tensor"}),
+    Case("mlp", 999, {**CLIP, "release": True}),
+    Case("mlp", 999, {**CLIP, "memory_budget": 0.5}),
+    Case("conv net", 999, CLIP),
+    Case("conv net", 999, {"skip": "tensor", **BF16}),
+    Case("bert", 999, CLIP),
+    Case("bert", 999, {"release": True, **BF16}),
+    # torch.compile(model) with autocast, GradScaler, clipping and fused AdamW needs 184
+    Case("gpt", 999, CLIP),
+    Case("gpt", 999, {"skip": "tensor", "memory_budget": 0.5}),
+)
