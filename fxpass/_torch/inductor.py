@@ -29,12 +29,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
 from ..ir.unbacked import Asker, asked_by, keep_sizes
+from .combos import join_neighbours
 from .fusion import keep_order
 from .order import keep_old_values
 from .schedule import Program, Scratch, program_of, recording, tag_nodes
 
 CPU_KERNEL_ARGUMENTS = 12
-COMBO_KERNELS = 64  # kernels in one launch: more of them are chosen between by every block
 aten = torch.ops.aten
 
 
@@ -66,6 +66,7 @@ def compile_graph(
         inductor_config.patch(dict(settings)),
         small_cpu_kernels(),
         keep_order(),
+        join_neighbours(),
         keep_old_values(),
         no_output_strides(),
         asked_by(Asker.TRACE),
@@ -226,21 +227,6 @@ def cpu_has_half_gemm() -> bool:
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings of a ``torch.compile(mode=...)``."""
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}
-
-
-def combo_settings() -> dict[str, Any]:
-    """Settings under which Inductor joins kernels that need nothing of each other into one launch.
-
-    Only where that leaves the peak of memory, as it estimates it, where it was; a torch
-    that does not ask about memory (before 2.13) joins nothing.
-    """
-    if "combo_kernel_peak_memory_pct_threshold" not in inductor_settings():
-        return {}
-    return {
-        "combo_kernels": True,
-        "combo_kernel_peak_memory_pct_threshold": 0.0,
-        "combo_kernel_max_num_nodes": COMBO_KERNELS,
-    }
 
 
 def inductor_settings() -> frozenset[str]:

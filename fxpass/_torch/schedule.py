@@ -200,6 +200,10 @@ def _find_readers() -> None:
     """Let Inductor note again, for its estimates, which of the kernels read each buffer."""
     scheduler = V.graph.scheduler
     assign_memory_planning_info_for_scheduler_buffers(scheduler.nodes, scheduler.name_to_buf)
+    if inductor_config.combo_kernels:
+        for name in V.graph.removed_buffers & scheduler.name_to_buf.keys():  # stay in a kernel's registers
+            planned = scheduler.name_to_buf[name].mpi_buffer
+            planned.size_alloc = planned.size_free = 0
 
 
 def _line(line: Any, scratch: Scratch) -> Line | None:

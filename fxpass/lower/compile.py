@@ -17,6 +17,7 @@ from ..options import Options
 from .half_gemm import replace_half_gemms
 from .outline import Unit, call_units, find_units, to_graph, with_units
 from .profile import Facts, UnitRun, facts_of, program_profile
+from .scalars import store_scalars
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
@@ -71,6 +72,8 @@ def _lower(
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
         return _outlined(step, units, facts, inputs, settings, dry, check=options.verify)
+    if not on_cpu:
+        store_scalars(step)
     whole = _whole(step, inputs, settings, dry)
     return _lowered(facts, whole.call, [whole], {})
 

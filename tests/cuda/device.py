@@ -103,10 +103,19 @@ class Resources:
     stack: int  # bytes: registers that were spilled
 
 
-def compiled_kernels() -> list[Resources]:
-    """Of every Triton kernel in Inductor's cache."""
+def compiled_kernels() -> dict[str, list[Resources]]:
+    """Of every Triton kernel in Inductor's cache, by name: each in the block sizes it is chosen from."""
     cache_dir = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    return [_resources(path) for path in sorted(cache_dir.glob("triton/*/*/*.cubin"))]
+    kernels: dict[str, list[Resources]] = {}
+    for path in sorted(cache_dir.glob("triton/*/*/*.cubin")):
+        found = _resources(path)
+        kernels.setdefault(found.name, []).append(found)
+    return kernels
+
+
+def spilling() -> list[str]:
+    """Kernels that spill registers in every block size: Inductor drops those that do where others do not."""
+    return [name for name, sizes in compiled_kernels().items() if all(size.stack for size in sizes)]
 
 
 @cache

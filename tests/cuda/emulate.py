@@ -126,7 +126,7 @@ def _flash(
     assert dropout_p == 0.0, "random numbers are not emulated"
     q, k, v = (_to_cpu(t) for t in (q, k, v))
     out, sums = _forward(q, k, v, dropout_p, is_causal, scale=scale)
-    rows, heads, length, width = q.shape
+    _, heads, length, width = q.shape
     strides = (heads * length * width, width, heads * width, 1)  # as the CUDA kernel lays it out
     mine = torch.empty_strided(q.shape, strides, dtype=q.dtype, device="cuda")
     _to_cpu(mine).copy_(out)

@@ -20,9 +20,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(8, width), nn.ReLU(), nn.LayerNorm(width), nn.Linear(width, 4)
-        )
+        self.layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.LayerNorm(width), nn.Linear(width, 4))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.layers(x), y)
