@@ -35,8 +35,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
-# Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py patch.
-FORMAT = "fxpass-program-5"
+# Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,
+# combos.py, stored.py change.
+FORMAT = "fxpass-program-6"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]

@@ -1,7 +1,8 @@
 """How many launches a step may take: the one table of the tier.
 
-A number is what was counted when the line was last changed. A change that
-needs fewer lowers it; one that needs more says why, in its commit.
+A number is what was counted when the line was last changed, and three or four
+more, as torch's versions differ. A change that needs fewer lowers it; one that
+needs more says why, in its commit.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ CLIP = {"max_norm": 1.0}
 BF16 = {"dtype": "bfloat16"}
 
 CASES = (
-    Case("mlp", 999, CLIP),
-    Case("mlp", 999, {**CLIP, **BF16}),
-    Case("mlp", 999, {"skip": "tensor"}),
-    Case("mlp", 999, {**CLIP, "release": True}),
-    Case("mlp", 999, {**CLIP, "memory_budget": 0.5}),
-    Case("conv net", 999, CLIP),
-    Case("bert", 999, CLIP),
-    Case("tiny gpt", 999, {**CLIP, "release": True, **BF16}),
-    Case("tiny gpt", 999, {"skip": "tensor"}),
+    Case("mlp", 24, CLIP),
+    Case("mlp", 24, {**CLIP, **BF16}),
+    Case("mlp", 27, {"skip": "tensor"}),
+    Case("mlp", 28, {**CLIP, "release": True}),
+    Case("mlp", 24, {**CLIP, "memory_budget": 0.5}),
+    Case("conv net", 41, CLIP),
+    Case("bert", 104, CLIP),
+    Case("tiny gpt", 51, {**CLIP, "release": True, **BF16}),
+    Case("tiny gpt", 60, {"skip": "tensor"}),
     # torch.compile(model) with autocast, GradScaler, clipping and fused AdamW needs 184
-    Case("gpt", 999, CLIP),
+    Case("gpt", 150, CLIP),
 )
