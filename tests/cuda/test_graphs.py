@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch._inductor.config as inductor_config
 
@@ -10,11 +12,11 @@ from tests.cuda.models import Training
 
 
 @pytest.fixture(autouse=True)
-def _one_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_stream_captures() -> Iterator[None]:
     """The stub tells of every stream that it captures while one does, which torch's own checks take ill."""
-    if STUB:
-        monkeypatch.setattr(inductor_config.triton, "slow_path_cudagraph_asserts", False)
-        monkeypatch.setattr(inductor_config.triton, "fast_path_cudagraph_asserts", False)
+    checks = {f"triton.{speed}_path_cudagraph_asserts": not STUB for speed in ("slow", "fast")}
+    with inductor_config.patch(checks):
+        yield
 
 
 @pytest.mark.parametrize("model", ["mlp", "tiny gpt"])
