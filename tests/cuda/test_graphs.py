@@ -28,10 +28,9 @@ def test_the_whole_step_is_one_cuda_graph(model: str) -> None:
     with recorded() as log:
         step(*training.batch)
     assert log.graphs == 1
-    assert not log.launches
     assert not log.waits
     assert log.allocations == 0
-    # the batch into the graph's own inputs, and the report to the host
-    assert [way for way, _ in log.copies].count("DtoH") == 1
-    assert len(log.copies) <= len(training.batch) + 1
+    assert [way for way, _ in log.copies].count("DtoH") == 1  # the report
+    # and the batch into the graph's own inputs, one by one or, of one dtype, by one kernel
+    assert len(log.copies) + len(log.launches) <= len(training.batch) + 1
     assert STUB or handle.stats().steps == 5
