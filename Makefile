@@ -1,9 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-digits test fuzz lint format bench clean
+.PHONY: help .venv .venv-cuda demo demo-digits test test-cuda fuzz lint format bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+CUDA_BIN := .venv-cuda/bin
+CUDA_STAMP := .venv-cuda/.installed
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +19,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.venv-cuda: $(CUDA_STAMP) ## the same with a CUDA build of torch, which needs 4.7 GB
+
+# Three equal signs: a local build such as 2.13.0+cpu is not meant.
+$(CUDA_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_BIN)/pip install --quiet torch===2.13.0
+	$(CUDA_BIN)/pip install --quiet -c constraints.txt numpy pytest pytest-xdist -e '.[cli]'
+	@touch $@
+
 demo: .venv ## train a small GPT on the standard library's source, beside torch.amp
 	$(BIN)/python examples/gpt_stdlib.py
 
@@ -25,6 +36,9 @@ demo-digits: .venv ## train a conv net with BatchNorm on scikit-learn's digits
 
 test: lint ## everything that CI checks: lint, then pytest on two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test-cuda: .venv-cuda ## the CUDA path: on a GPU, or compiled, counted and emulated without one
+	$(CUDA_BIN)/python -m tests.cuda -q
 
 N ?= 300
 SEED ?= 0
@@ -46,4 +60,4 @@ bench: .venv ## one step beside its peers: memory, time and losses, few tokens a
 	$(BIN)/python -m bench.step --tokens 512
 
 clean: ## remove the environment, caches and outputs
-	rm -rf .venv out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

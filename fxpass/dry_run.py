@@ -122,10 +122,8 @@ def _attempt(
 
     backend = MixedPrecision(**options)
     profile, profiled = _profiler(of, notes)
-    absent_gpu = fake and device is not None and device.startswith("cuda") and not torch.cuda.is_available()
-    with _torch.fake_tensors() if absent_gpu and _torch.has_cuda() else contextlib.nullcontext():
-        with looking(Look(after_each, profile)):
-            torch.compile(step, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    with looking(Look(after_each, profile)):
+        torch.compile(step, backend=backend, dynamic=dynamic)(*args, **kwargs)
     if not backend.graphs:
         hint = "the function must call loss.backward() and optimizer.step() itself"
         raise CaptureError("the step ran to its end and nothing was compiled", hint=hint)
@@ -163,7 +161,7 @@ def _building(device: str | None, fake: bool, notes: list[str]) -> Iterator[None
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(_torch.fake_tensors())
-        if not torch.cuda.is_available() and not (fake and _torch.has_cuda()):
+        if not torch.cuda.is_available():
             stack.enter_context(_CpuForCuda(notes))
         if device is not None:
             stack.enter_context(torch.device(device))
@@ -171,7 +169,11 @@ def _building(device: str | None, fake: bool, notes: list[str]) -> Iterator[None
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Puts on the CPU what asks for CUDA, where torch knows none."""
+    """Puts on the CPU what asks for CUDA, where there is none.
+
+    A torch that was built for it does not help: autograd asks a device for its
+    streams, even if all tensors are fake.
+    """
 
     def __init__(self, notes: list[str]) -> None:
         super().__init__()
@@ -192,7 +194,8 @@ class _CpuForCuda(TorchFunctionMode):
         return value
 
     def _note(self) -> None:
-        note = "traced with the CPU's operators: this torch has no CUDA"
+        lacking = "no GPU is here" if torch.backends.cuda.is_built() else "this torch has no CUDA"
+        note = f"traced with the CPU's operators: {lacking}"
         if note not in self.notes:
             self.notes.append(note)
 

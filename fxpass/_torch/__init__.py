@@ -4,13 +4,13 @@ from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
 from .aot import python_values as python_values
 from .aot import trace as trace
+from .combos import combo_settings as combo_settings
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
 from .dynamo_common import is_users as is_users
 from .dynamo_hooks import global_module_hooks as global_module_hooks
 from .dynamo_optimizer import optimizer_step as optimizer_step
 from .fake import fake_tensors as fake_tensors
-from .fake import has_cuda as has_cuda
 from .fake import is_fake as is_fake
 from .gradients import GRADIENT_CALLS as GRADIENT_CALLS
 from .gradients import enters_forward_mode as enters_forward_mode
@@ -39,3 +39,4 @@ from .record import LeafGrad as LeafGrad
 from .record import StepEvent as StepEvent
 from .replicas import agree as agree
 from .replicas import share_first as share_first
+from .stored import store_results_of as store_results_of

@@ -24,11 +24,6 @@ def is_fake(value: Any) -> bool:
     return issubclass(type(value), FakeTensor)  # isinstance would wake torch's lazy modules
 
 
-def has_cuda() -> bool:
-    """Whether this torch can trace for CUDA: it was built with it, with or without a GPU at hand."""
-    return torch.backends.cuda.is_built()
-
-
 def _applier() -> Callable[..., nn.Module]:
     """``nn.Module._apply``, behind ``to``, ``half``, ``cuda``, for fake parameters.
 

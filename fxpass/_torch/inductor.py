@@ -30,6 +30,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
 from ..ir.unbacked import Asker, asked_by, keep_sizes
+from .combos import join_neighbours
 from .fusion import keep_order
 from .order import keep_old_values
 from .schedule import Program, Scratch, program_of, recording, tag_nodes
@@ -66,6 +67,7 @@ def compile_graph(
         inductor_config.patch(dict(settings)),
         small_cpu_kernels(),
         keep_order(),
+        join_neighbours(),
         keep_old_values(),
         no_output_strides(),
         asked_by(Asker.TRACE),

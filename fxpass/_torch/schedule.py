@@ -20,6 +20,7 @@ from unittest import mock
 import sympy
 import torch
 import torch.compiler.config as compiler_config
+from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.codegen import wrapper as lines
 from torch._inductor.compile_fx import _InProcessFxCompile
@@ -34,8 +35,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
-# Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py patch.
-FORMAT = "fxpass-program-5"
+# Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,
+# combos.py, stored.py change.
+FORMAT = "fxpass-program-6"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]
@@ -140,6 +142,8 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
     )
 
     def run_wrapper_ir_passes(self: Any, is_inference: bool) -> None:
+        if inductor_config.combo_kernels:  # they came after what is known of each buffer's readers
+            _find_readers()
         passes(self, is_inference)
         if recorder.program is None:
             start = time.perf_counter()
@@ -189,8 +193,18 @@ def _estimate() -> int:
     """What Inductor's own model says the peak is, as its reordering pass would ask."""
     scheduler, outputs = V.graph.scheduler, OrderedSet(V.graph.get_output_names())
     freeable = get_freeable_input_buf(scheduler.nodes, OrderedSet(V.graph.graph_inputs))
-    assign_memory_planning_info_for_scheduler_buffers(scheduler.nodes, scheduler.name_to_buf)
+    _find_readers()
     return int(estimate_peak_memory(scheduler.nodes, freeable, outputs)[0])
+
+
+def _find_readers() -> None:
+    """Let Inductor note again, for its estimates, which of the kernels read each buffer."""
+    scheduler = V.graph.scheduler
+    assign_memory_planning_info_for_scheduler_buffers(scheduler.nodes, scheduler.name_to_buf)
+    if inductor_config.combo_kernels:
+        for name in V.graph.removed_buffers & scheduler.name_to_buf.keys():  # stay in a kernel's registers
+            planned = scheduler.name_to_buf[name].mpi_buffer
+            planned.size_alloc = planned.size_free = 0
 
 
 def _line(line: Any, scratch: Scratch) -> Line | None:

@@ -17,6 +17,7 @@ from ..options import Options
 from .half_gemm import replace_half_gemms
 from .outline import Unit, call_units, find_units, to_graph, with_units
 from .profile import Facts, UnitRun, facts_of, program_profile
+from .scalars import store_scalars
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
@@ -62,14 +63,17 @@ def _lower(
         start = time.perf_counter()
         memory = _or_missing(lambda: graph_profile(step))
         return Lowered(_eager(step), memory, time.perf_counter() - start)
-    settings = {**DEFAULTS, **_torch.mode_settings(mode), **options.inductor}
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    joined = {} if on_cpu else _torch.combo_settings()
+    settings = {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
     start = time.perf_counter()
     facts = facts_of(step)
     facts.seconds = time.perf_counter() - start
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
         return _outlined(step, units, facts, inputs, settings, dry, check=options.verify)
+    if not on_cpu:
+        store_scalars(step)
     whole = _whole(step, inputs, settings, dry)
     return _lowered(facts, whole.call, [whole], {})
 

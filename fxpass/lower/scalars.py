@@ -2,7 +2,9 @@
 
 Step sizes and bias corrections are 0-d tensors. Inductor inlines their
 computation, ``pow`` included, into the loop over the parameter's elements. A
-call that it cannot look into keeps them outside.
+call that it cannot look into keeps them outside: on the CPU. Elsewhere, where a
+call would be a launch of its own, it is told to store them, and the kernels
+that do so for all parameters are joined.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import operator
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+
+from .. import _torch
+from ..ir.graph import Phase, StepGraph, phase
 
 _library = torch.library.Library("fxpass", "FRAGMENT")
 _library.define("hold(Tensor[] xs) -> Tensor[]")
@@ -23,6 +28,7 @@ def _hold(xs: list[Tensor]) -> list[Tensor]:
 
 _library.impl("hold", _hold, "CompositeExplicitAutograd")
 torch.library.register_fake("fxpass::hold", _hold, lib=_library)
+_torch.store_results_of(torch.ops.fxpass.hold.default)
 
 
 def hold_scalars(graph: Graph) -> int:
@@ -51,6 +57,27 @@ def hold_scalars(graph: Graph) -> int:
             item.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(item, lambda user: user is not call and not _is_scalar(user))
     return len(held)
+
+
+def store_scalars(step: StepGraph) -> int:
+    """Hold each scalar of the updates where it stands in the step; returns how many."""
+    stored = [
+        node
+        for node in step.nodes()
+        if node.op == "call_function"
+        and phase(node) is Phase.UPDATE
+        and _is_scalar(node)
+        and any(not _is_scalar(user) for user in node.users if user.op == "call_function")
+    ]
+    for node in stored:
+        with step.graph.inserting_after(node):
+            call = step.graph.call_function(torch.ops.fxpass.hold.default, ([node],))
+        with step.graph.inserting_after(call):
+            item = step.graph.call_function(operator.getitem, (call, 0))
+        for new, value in ((call, [node.meta["val"]]), (item, node.meta["val"])):
+            new.meta.update(val=value, fxpass_phase=Phase.UPDATE)
+        node.replace_all_uses_with(item, lambda user, call=call: user is not call and not _is_scalar(user))
+    return len(stored)
 
 
 def _is_scalar(node: Node) -> bool:

@@ -77,7 +77,7 @@ def test_cuda_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (("inspect", "@on_cuda"), ("inspect", "@mlp", "--device", "cuda")):
         found = fx(capsys, *command)
         assert found.code == 0, found.err
-        assert torch.backends.cuda.is_built() or "traced with the CPU's operators" in found.out
+        assert "traced with the CPU's operators" in found.out
 
 
 def test_a_break_is_not_tried_twice() -> None:

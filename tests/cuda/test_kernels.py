@@ -1,0 +1,19 @@
+"""Every kernel of a step, compiled for the capability that this run was started with."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.cuda.device import STUB, compiled_kernels, spilling
+from tests.cuda.models import Training
+
+
+def test_kernels_do_not_spill() -> None:
+    training = Training("bert")
+    step, _ = training.compiled({"max_norm": 1.0, "dtype": "bfloat16"})
+    loss = step(*training.batch)
+    major, minor = torch.cuda.get_device_capability()
+    built = {size.capability for sizes in compiled_kernels().values() for size in sizes}
+    assert built == {10 * major + minor}
+    assert not spilling()
+    assert STUB or loss.isfinite()
