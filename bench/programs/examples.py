@@ -200,7 +200,7 @@ def actor_critic() -> Training:
             policy_losses.append(-log_prob * (goal - value.detach().squeeze()))
             value_losses.append(F.smooth_l1_loss(value.squeeze(), goal))
         optimizer.zero_grad()
-        loss = torch.stack(policy_losses).sum() + torch.stack(value_losses).sum()
+        loss = torch.stack(policy_losses).mean() + torch.stack(value_losses).mean()
         loss.backward()
         optimizer.step()
         return loss
@@ -220,7 +220,7 @@ def reinforce() -> Training:
         m = Categorical(F.softmax(policy(states), dim=1))
         policy_loss = [-log_prob * R for log_prob, R in zip(m.log_prob(actions), returns, strict=True)]
         optimizer.zero_grad()
-        loss = torch.stack(policy_loss).sum()
+        loss = torch.stack(policy_loss).mean()
         loss.backward()
         optimizer.step()
         return loss

@@ -67,7 +67,7 @@ class _Worker:
             self.process.join()
             error = f"crashed, exit code {self.process.exitcode}"
         self.stop()
-        return row(Result(program.name, program.family, program.origin(), program.lines, error=error))
+        return row(_failed(program, self.options, error))
 
     def _start(self) -> None:
         self.stop()
@@ -97,5 +97,9 @@ def _serve(pipe: Connection, options: dict[str, Any]) -> None:
             answer = row(run(program, options))
         except Exception as error:  # of the program itself, in eager PyTorch
             text = f"in eager PyTorch: {type(error).__name__}: {error}"
-            answer = row(Result(name, program.family, program.origin(), program.lines, error=text))
+            answer = row(_failed(program, options, text))
         pipe.send(answer)
+
+
+def _failed(program: Program, options: dict[str, Any], error: str) -> Result:
+    return Result(program.name, program.family, program.origin(), program.lines, options, error=error)

@@ -23,7 +23,7 @@ class Amp:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.scale = 2.0**16 if dtype is torch.float16 else 1.0
-        self.overflow = False
+        self.overflow, self.skipped = False, 0
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -40,6 +40,7 @@ class Amp:
             torch.autograd.backward = plain
             hook.remove()
         self.scale *= 0.5 if self.overflow else 1.0
+        self.skipped += self.overflow
 
     def _scaled(self, plain: Any) -> Any:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:

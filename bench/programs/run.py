@@ -27,6 +27,7 @@ class Result:
     family: str
     source: str
     lines: int
+    options: dict[str, Any] = field(default_factory=dict)  # none for the table
     graphs: int = 0
     steps: int = 0
     skipped: int = 0
@@ -35,6 +36,7 @@ class Result:
     fxpass: list[float] = field(default_factory=list)
     amp: list[float] = field(default_factory=list)
     amp_dtype: str = ""
+    amp_skipped: int = 0
     float32: list[float] = field(default_factory=list)
     error: str = ""  # first line
     trace: str = ""
@@ -59,12 +61,13 @@ def _close(ours: list[float], theirs: list[float]) -> bool:
 
 def run(program: Program, options: dict[str, Any]) -> Result:
     """The program's row. ``options``: none, for the table."""
-    result = Result(program.name, program.family, program.origin(), program.lines)
+    result = Result(program.name, program.family, program.origin(), program.lines, options)
     result.float32 = _eager(program, contextlib.nullcontext)
     for dtype in (torch.float16, torch.bfloat16):
         # an operator that autocast gives a dtype for which the CPU has no kernel
         with contextlib.suppress(RuntimeError, NotImplementedError):
-            result.amp = _eager(program, Amp(dtype).call)
+            amp = Amp(dtype)
+            result.amp, result.amp_skipped = _eager(program, amp.call), amp.skipped
             result.amp_dtype = str(dtype).removeprefix("torch.")
             break
     start = time.perf_counter()
