@@ -20,9 +20,9 @@ def table() -> str:
     good = sum(row["verdict"] == "ok" for row in rows)
     whole = [row for row in rows if not row["options"]]
     lines = [
-        f"{good} of {len(rows)} programs are ok, "
-        f"{sum(row['verdict'] == 'ok' for row in whole)} of the {len(whole)} that were run with the default options. "
-        f"{machine['cpu']}, torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}.",
+        f"{good} of {len(rows)} programs are ok, {sum(row['verdict'] == 'ok' for row in whole)} of the "
+        f"{len(whole)} that were run with the default options. {machine['cpu']}, torch {machine['torch']}, "
+        f"Python {machine['python']}, commit {machine['commit']}.",
     ]
     family = ""
     for row in rows:

@@ -79,7 +79,9 @@ def _rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def _write(path: Path, results: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": measure.machine(torch.device("cpu")), "results": results}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"machine": measure.machine(torch.device("cpu")), "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

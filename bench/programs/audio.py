@@ -12,11 +12,23 @@ from bench.programs.program import CALLS, Training, program
 from bench.programs.transformers_table import ids, register
 
 WAVE: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 16,
-    "conv_dim": [8, 8], "conv_kernel": [8, 4], "conv_stride": [4, 4], "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "classifier_proj_size": 16, "num_labels": 4,
-    "apply_spec_augment": False, "mask_time_prob": 0.0, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 16,
+    "conv_dim": [8, 8],
+    "conv_kernel": [8, 4],
+    "conv_stride": [4, 4],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 2,
+    "classifier_proj_size": 16,
+    "num_labels": 4,
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+    "pad_token_id": 0,
+}
 
 
 def _speech() -> dict[str, Any]:
@@ -31,16 +43,44 @@ register("audio", "Wav2Vec2ForCTC", _speech, **WAVE)
 register("audio", "Wav2Vec2ForSequenceClassification", _words, **WAVE)
 register("audio", "HubertForSequenceClassification", _words, **WAVE)
 register("audio", "WavLMForSequenceClassification", _words, **WAVE)
-register("audio", "WhisperForConditionalGeneration",
-         lambda: {"input_features": torch.randn(2, 8, 24), "labels": ids(2, 6, 60)},
-         vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=12,
-         max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-         use_cache=False, suppress_tokens=None, begin_suppress_tokens=None)  # fmt: skip
-register("audio", "ASTForAudioClassification",
-         lambda: {"input_values": torch.randn(2, 24, 16), "labels": torch.randint(4, (2,))},
-         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, patch_size=4,
-         frequency_stride=4, time_stride=4, max_length=24, num_mel_bins=16, num_labels=4)  # fmt: skip
+register(
+    "audio",
+    "WhisperForConditionalGeneration",
+    lambda: {"input_features": torch.randn(2, 8, 24), "labels": ids(2, 6, 60)},
+    vocab_size=64,
+    num_mel_bins=8,
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    max_source_positions=12,
+    max_target_positions=16,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+    use_cache=False,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
+)
+register(
+    "audio",
+    "ASTForAudioClassification",
+    lambda: {"input_values": torch.randn(2, 24, 16), "labels": torch.randint(4, (2,))},
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    patch_size=4,
+    frequency_stride=4,
+    time_stride=4,
+    max_length=24,
+    num_mel_bins=16,
+    num_labels=4,
+)
 
 
 class Listener(nn.Module):
@@ -72,7 +112,12 @@ def deep_speech() -> Training:
         return loss
 
     def batch() -> tuple[Tensor, ...]:
-        return torch.randn(3, 8, 40), torch.randint(1, 12, (3, 5)), torch.tensor([20, 18, 16]), torch.tensor([5, 4, 3])
+        return (
+            torch.randn(3, 8, 40),
+            torch.randint(1, 12, (3, 5)),
+            torch.tensor([20, 18, 16]),
+            torch.tensor([5, 4, 3]),
+        )
 
     return Training(step, [batch() for _ in range(CALLS)])
 
@@ -80,8 +125,13 @@ def deep_speech() -> Training:
 @program("audio", "own, in the shape of a keyword spotter on torchaudio")
 def m5_speech_commands() -> Training:
     """One-dimensional convolutions over raw sound, StepLR."""
-    conv = lambda a, b, k, s: nn.Sequential(nn.Conv1d(a, b, k, s), nn.BatchNorm1d(b), nn.ReLU(), nn.MaxPool1d(2))  # noqa: E731
-    model = nn.Sequential(conv(1, 8, 16, 4), conv(8, 16, 3, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 6))
+
+    def conv(a: int, b: int, k: int, s: int) -> nn.Module:
+        return nn.Sequential(nn.Conv1d(a, b, k, s), nn.BatchNorm1d(b), nn.ReLU(), nn.MaxPool1d(2))
+
+    model = nn.Sequential(
+        conv(1, 8, 16, 4), conv(8, 16, 3, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 6)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.1)
 
@@ -100,12 +150,16 @@ def m5_speech_commands() -> Training:
 @program("audio", "own, in the shape of a vocoder's spectral loss")
 def multi_resolution_stft() -> Training:
     """A net on samples, with a loss on spectra of several resolutions."""
-    model = nn.Sequential(nn.Conv1d(1, 8, 9, padding=4), nn.LeakyReLU(0.2), nn.Conv1d(8, 1, 9, padding=4), nn.Tanh())
+    model = nn.Sequential(
+        nn.Conv1d(1, 8, 9, padding=4), nn.LeakyReLU(0.2), nn.Conv1d(8, 1, 9, padding=4), nn.Tanh()
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.99))
 
     def spectrum(x: Tensor, size: int) -> Tensor:
         window = torch.hann_window(size)
-        return torch.stft(x.float(), size, size // 4, window=window, return_complex=True).abs().clamp(min=1e-3)
+        return (
+            torch.stft(x.float(), size, size // 4, window=window, return_complex=True).abs().clamp(min=1e-3)
+        )
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         out = model(x[:, None])[:, 0]

@@ -21,7 +21,7 @@ def _views(rows: int = 8, side: int = 12) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-@program("contrastive", "own, in the shape of SimCLR", quick=True)
+@program("contrastive", "own, in the shape of SimCLR")
 def simclr() -> Training:
     """NT-Xent over both views, its own view masked out by boolean indexing."""
     model = nn.Sequential(conv_net(3, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -139,7 +139,11 @@ def simsiam() -> Training:
     def step(a: Tensor, b: Tensor) -> Tensor:
         z1, z2 = encoder(a), encoder(b)
         p1, p2 = predictor(z1), predictor(z2)
-        loss = 1 - (F.cosine_similarity(p1, z2.detach()).mean() + F.cosine_similarity(p2, z1.detach()).mean()) * 0.5
+        loss = (
+            1
+            - (F.cosine_similarity(p1, z2.detach()).mean() + F.cosine_similarity(p2, z1.detach()).mean())
+            * 0.5
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -195,7 +199,9 @@ def vicreg() -> Training:
 @program("contrastive", "own, in the shape of DINO")
 def dino() -> Training:
     """Student and teacher over crops of two sizes, a centre, gradients of the last layer dropped early on."""
-    student = nn.Sequential(conv_net(3, 16), nn.GELU(), nn.utils.parametrizations.weight_norm(nn.Linear(16, 24, bias=False)))
+    student = nn.Sequential(
+        conv_net(3, 16), nn.GELU(), nn.utils.parametrizations.weight_norm(nn.Linear(16, 24, bias=False))
+    )
     teacher = nn.Sequential(conv_net(3, 16), nn.GELU(), nn.Linear(16, 24, bias=False)).requires_grad_(False)
     center = torch.zeros(1, 24)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
@@ -336,7 +342,9 @@ def distillation() -> Training:
             soft = teacher(x)
         out = student(x)
         t = 4.0
-        kd = F.kl_div(F.log_softmax(out / t, dim=1), F.softmax(soft / t, dim=1), reduction="batchmean") * t * t
+        kd = (
+            F.kl_div(F.log_softmax(out / t, dim=1), F.softmax(soft / t, dim=1), reduction="batchmean") * t * t
+        )
         loss = 0.5 * kd + 0.5 * F.cross_entropy(out, y)
         optimizer.zero_grad()
         loss.backward()

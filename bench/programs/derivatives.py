@@ -1,5 +1,7 @@
 """Steps that differentiate twice, per sample, or by functions."""
 
+# What a loop over a list that is not empty binds is bound.
+# pyright: reportPossiblyUnbound=false
 from __future__ import annotations
 
 import copy
@@ -71,7 +73,9 @@ def pinn() -> Training:
         ones = torch.ones_like(u)
         u_t = torch.autograd.grad(u, t, grad_outputs=ones, retain_graph=True, create_graph=True)[0]
         u_x = torch.autograd.grad(u, x, grad_outputs=ones, retain_graph=True, create_graph=True)[0]
-        u_xx = torch.autograd.grad(u_x, x, grad_outputs=torch.ones_like(u_x), retain_graph=True, create_graph=True)[0]
+        u_xx = torch.autograd.grad(
+            u_x, x, grad_outputs=torch.ones_like(u_x), retain_graph=True, create_graph=True
+        )[0]
         f = u_t + u * u_x - (0.01 / torch.pi) * u_xx
         loss = f.pow(2).mean() + F.mse_loss(net(torch.cat([x0, torch.zeros_like(x0)], 1)), u0)
         optimizer.zero_grad()
@@ -170,7 +174,9 @@ def ewc() -> Training:
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        penalty = sum((f * (p - o).pow(2)).sum() for f, p, o in zip(fisher, net.parameters(), old, strict=True))
+        penalty = sum(
+            (f * (p - o).pow(2)).sum() for f, p, o in zip(fisher, net.parameters(), old, strict=True)
+        )
         loss = F.cross_entropy(net(x), y) + 0.5 * penalty
         loss.backward()
         optimizer.step()

@@ -38,9 +38,17 @@ def diffusers_unet() -> Training:
     """The unconditional example."""
     from diffusers import UNet2DModel
 
-    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
-                        down_block_types=("DownBlock2D", "AttnDownBlock2D"), norm_num_groups=4,
-                        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8)  # fmt: skip
+    model = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        norm_num_groups=4,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    )
     return _noised(model, lambda x, t: model(x, t, return_dict=False)[0], (2, 1, 8, 8))
 
 
@@ -49,10 +57,18 @@ def diffusers_conditional_unet() -> Training:
     """The text-to-image example, text as hidden states."""
     from diffusers import UNet2DConditionModel
 
-    model = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
-                                 block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8,
-                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
-                                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    model = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=4,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     text = lambda: torch.randn(2, 4, 8)  # noqa: E731
     return _noised(model, lambda x, t, c: model(x, t, c, return_dict=False)[0], (2, 4, 8, 8), text)
 
@@ -62,9 +78,17 @@ def diffusers_dit() -> Training:
     """A transformer over patches, conditioned on classes."""
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
-                                  num_layers=1, sample_size=8, patch_size=2, norm_num_groups=4,
-                                  num_embeds_ada_norm=10)  # fmt: skip
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        norm_num_groups=4,
+        num_embeds_ada_norm=10,
+    )
     for part in model.modules():
         if hasattr(part, "dropout_prob"):
             part.dropout_prob = 0.0
@@ -77,7 +101,9 @@ def diffusers_autoencoder() -> Training:
     """AutoencoderKL: reconstruction and KL, the mode of the posterior."""
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL(in_channels=3, out_channels=3, block_out_channels=(8,), latent_channels=2, norm_num_groups=4)
+    model = AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(8,), latent_channels=2, norm_num_groups=4
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(x: Tensor) -> Tensor:

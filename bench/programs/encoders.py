@@ -37,7 +37,11 @@ def _tags() -> dict[str, Any]:
 
 
 def _spans() -> dict[str, Any]:
-    return {"input_ids": ids(), "start_positions": torch.randint(6, (4,)), "end_positions": torch.randint(12, (4,))}
+    return {
+        "input_ids": ids(),
+        "start_positions": torch.randint(6, (4,)),
+        "end_positions": torch.randint(12, (4,)),
+    }
 
 
 def _choices() -> dict[str, Any]:
@@ -49,17 +53,47 @@ def _encoder(model: str, batch: Any, quick: bool = False, **config: Any) -> None
 
 
 _encoder("BertForMaskedLM", _masked_words)
-_encoder("BertForSequenceClassification", _classes, quick=True, num_labels=3)
+_encoder("BertForSequenceClassification", _classes, num_labels=3)
 _encoder("RobertaForTokenClassification", _tags, num_labels=3)
 _encoder("ElectraForSequenceClassification", _classes, num_labels=3, embedding_size=16)
 _encoder("AlbertForMaskedLM", _masked_words, embedding_size=16)
-_encoder("DebertaV2ForSequenceClassification", _classes, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"])
-_encoder("MobileBertForQuestionAnswering", _spans, embedding_size=32, intra_bottleneck_size=16, num_feedforward_networks=1)
+_encoder(
+    "DebertaV2ForSequenceClassification",
+    _classes,
+    num_labels=3,
+    relative_attention=True,
+    pos_att_type=["p2c", "c2p"],
+)
+_encoder(
+    "MobileBertForQuestionAnswering",
+    _spans,
+    embedding_size=32,
+    intra_bottleneck_size=16,
+    num_feedforward_networks=1,
+)
 _encoder("MPNetForMultipleChoice", _choices)
 _encoder("ConvBertForQuestionAnswering", _spans, embedding_size=32, head_ratio=2, conv_kernel_size=3)
 _encoder("SqueezeBertForTokenClassification", _tags, num_labels=3, embedding_size=32)
-_encoder("ModernBertForMaskedLM", _masked_words, local_attention=4, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
+_encoder(
+    "ModernBertForMaskedLM",
+    _masked_words,
+    local_attention=4,
+    cls_token_id=1,
+    sep_token_id=2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _encoder("RoFormerForSequenceClassification", _classes, num_labels=3, embedding_size=32)
 _encoder("FNetForMaskedLM", lambda: {k: v for k, v in _masked_words().items() if k != "attention_mask"})
 register("encoders", "DistilBertForQuestionAnswering", _spans, max_position_embeddings=32, **DISTIL)
-register("encoders", "XLNetForSequenceClassification", _classes, vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=3)
+register(
+    "encoders",
+    "XLNetForSequenceClassification",
+    _classes,
+    vocab_size=64,
+    d_model=32,
+    n_layer=1,
+    n_head=4,
+    d_inner=48,
+    num_labels=3,
+)

@@ -1,5 +1,7 @@
 """The shapes of pytorch/examples and of PyTorch's tutorials."""
 
+# What a loop over a list that is not empty binds is bound.
+# pyright: reportPossiblyUnbound=false
 from __future__ import annotations
 
 import torch
@@ -19,7 +21,13 @@ def images(rows: int = 8, channels: int = 1, side: int = 16) -> Tensor:
 def mnist() -> Training:
     """Adadelta, StepLR each epoch, a line of log now and then."""
     model = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(288, 10)
+        nn.Conv2d(1, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(288, 10),
     )
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
@@ -51,7 +59,10 @@ def imagenet() -> Training:
         with torch.no_grad():
             _, pred = output.topk(max(topk), 1, True, True)
             correct = pred.t().eq(target.view(1, -1).expand_as(pred.t()))
-            return [correct[:k].reshape(-1).float().sum(0, keepdim=True).mul_(100.0 / target.size(0)) for k in topk]
+            return [
+                correct[:k].reshape(-1).float().sum(0, keepdim=True).mul_(100.0 / target.size(0))
+                for k in topk
+            ]
 
     def train(data: Tensor, target: Tensor) -> Tensor:
         output = model(data)
@@ -112,7 +123,12 @@ def vae() -> Training:
 def super_resolution() -> Training:
     """Sub-pixel convolution, orthogonal weights."""
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 5, 1, 2), nn.ReLU(), nn.Conv2d(16, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, 1, 1), nn.PixelShuffle(2)
+        nn.Conv2d(1, 16, 5, 1, 2),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, 1, 1),
+        nn.PixelShuffle(2),
     )
     for layer in model:
         if isinstance(layer, nn.Conv2d):
@@ -232,7 +248,10 @@ def reinforce() -> Training:
 def neural_style() -> Training:
     """A frozen network's features compare the output of a trained one: content and Gram matrices."""
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ReLU(),
+        nn.Conv2d(8, 3, 3, padding=1),
     )
     features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
     for p in features.parameters():

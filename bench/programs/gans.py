@@ -1,5 +1,7 @@
 """Generators and critics: two optimizers, losses that see each other, penalties on gradients."""
 
+# What a loop over a list that is not empty binds is bound.
+# pyright: reportPossiblyUnbound=false
 from __future__ import annotations
 
 import torch
@@ -22,8 +24,16 @@ def _data(width: int = 8) -> list[tuple[Tensor, Tensor]]:
 @program("gans", "own, in the shape of pytorch/examples dcgan", quick=True)
 def dcgan() -> Training:
     """Three backwards: real, fake (detached), generator."""
-    g = nn.Sequential(nn.ConvTranspose2d(4, 8, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 1, 4, 2, 1), nn.Tanh())
-    d = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4), nn.Sigmoid())
+    g = nn.Sequential(
+        nn.ConvTranspose2d(4, 8, 4),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 1, 4, 2, 1),
+        nn.Tanh(),
+    )
+    d = nn.Sequential(
+        nn.Conv2d(1, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4), nn.Sigmoid()
+    )
     opt_g, opt_d, criterion = _adam(g), _adam(d), nn.BCELoss()
 
     def step(real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +66,11 @@ def wgan_gp() -> Training:
         between = (alpha * real + (1 - alpha) * fake).requires_grad_(True)
         out = d(between)
         gradients = autograd.grad(
-            outputs=out, inputs=between, grad_outputs=torch.ones_like(out), create_graph=True, retain_graph=True
+            outputs=out,
+            inputs=between,
+            grad_outputs=torch.ones_like(out),
+            create_graph=True,
+            retain_graph=True,
         )[0]
         return ((gradients.norm(2, dim=1) - 1) ** 2).mean()
 
@@ -84,7 +98,9 @@ def r1_penalty() -> Training:
         real.requires_grad_()
         score = d(real)
         (grad,) = autograd.grad(score.sum(), real, create_graph=True)
-        loss_d = F.softplus(-score).mean() + F.softplus(d(g(z).detach())).mean() + 5 * grad.pow(2).sum(1).mean()
+        loss_d = (
+            F.softplus(-score).mean() + F.softplus(d(g(z).detach())).mean() + 5 * grad.pow(2).sum(1).mean()
+        )
         opt_d.zero_grad()
         loss_d.backward()
         opt_d.step()
@@ -147,7 +163,9 @@ def cycle_gan() -> Training:
         opt_d.zero_grad()
         loss_d = torch.zeros(())
         for d, real, fake in ((da, a, fake_a), (db, b, fake_b)):
-            one = 0.5 * (F.mse_loss(d(real), torch.ones(8, 1)) + F.mse_loss(d(fake.detach()), torch.zeros(8, 1)))
+            one = 0.5 * (
+                F.mse_loss(d(real), torch.ones(8, 1)) + F.mse_loss(d(fake.detach()), torch.zeros(8, 1))
+            )
             one.backward()
             loss_d = loss_d + one.detach()
         opt_d.step()
@@ -181,7 +199,13 @@ def spectral_gan() -> Training:
 @program("gans", "own, in the shape of pix2pix")
 def pix2pix() -> Training:
     """A conditional critic on pairs, an L1 term; the critic's gradients from the generator are dropped."""
-    g = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.InstanceNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 1, 4, 2, 1), nn.Tanh())
+    g = nn.Sequential(
+        nn.Conv2d(1, 8, 4, 2, 1),
+        nn.InstanceNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 1, 4, 2, 1),
+        nn.Tanh(),
+    )
     d = nn.Sequential(nn.Conv2d(2, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4, 1, 1))
     opt_g, opt_d, bce = _adam(g), _adam(d), nn.BCEWithLogitsLoss()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,9 @@ def ddpm() -> Training:
 def flow_matching() -> Training:
     """Straight paths from noise to data, a weight of the moving average that counts."""
     net = mlp(5, 32, 4, act=nn.SiLU)
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
 
     def step(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -103,7 +106,10 @@ def masked_autoregressive_flow() -> Training:
 
     transforms = []
     for _ in range(2):
-        transforms += [ReversePermutation(features=4), MaskedAffineAutoregressiveTransform(features=4, hidden_features=8)]
+        transforms += [
+            ReversePermutation(features=4),
+            MaskedAffineAutoregressiveTransform(features=4, hidden_features=8),
+        ]
     flow = Flow(CompositeTransform(transforms), StandardNormal(shape=[4]))
     optimizer = torch.optim.Adam(flow.parameters())
 
@@ -161,7 +167,11 @@ def vector_quantize() -> Training:
     """A codebook that follows its vectors by moving averages."""
     from vector_quantize_pytorch import VectorQuantize
 
-    down, vq, up = mlp(8, 16, 8), VectorQuantize(dim=8, codebook_size=12, decay=0.8, commitment_weight=1.0), mlp(8, 16, 8)
+    down, vq, up = (
+        mlp(8, 16, 8),
+        VectorQuantize(dim=8, codebook_size=12, decay=0.8, commitment_weight=1.0),
+        mlp(8, 16, 8),
+    )
     optimizer = torch.optim.AdamW([*down.parameters(), *up.parameters()], lr=1e-3)
 
     def step(x: Tensor, _: Tensor) -> Tensor:
@@ -245,7 +255,8 @@ def torchdiffeq_ode() -> Training:
 
     def step(y0: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = torch.mean(torch.abs(odeint(func, y0, times, method="rk4") - y))
+        path: Any = odeint(func, y0, times, method="rk4")
+        loss = torch.mean(torch.abs(path - y))
         loss.backward()
         optimizer.step()
         return loss
@@ -277,4 +288,6 @@ def nerf() -> Training:
             group["lr"] = group["lr"] * 0.99
         return loss
 
-    return Training(step, [(torch.randn(8, 3), F.normalize(torch.randn(8, 3)), torch.rand(8, 3)) for _ in range(CALLS)])
+    return Training(
+        step, [(torch.randn(8, 3), F.normalize(torch.randn(8, 3)), torch.rand(8, 3)) for _ in range(CALLS)]
+    )

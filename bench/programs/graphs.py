@@ -47,7 +47,9 @@ def pyg_gin_graphs() -> Training:
     """Whole graphs in a batch, pooled by index."""
     from torch_geometric.nn import GINConv, global_add_pool
 
-    layer = lambda a, b: GINConv(nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, b)))  # noqa: E731
+    def layer(a: int, b: int) -> nn.Module:
+        return GINConv(nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, b)))
+
     first, second, head = layer(6, 16), layer(16, 16), nn.Linear(16, 3)
     model = nn.ModuleList([first, second, head])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

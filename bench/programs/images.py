@@ -19,9 +19,16 @@ VIT: dict[str, Any] = {
     **CLASSES,
 }
 BOXES: dict[str, Any] = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "num_queries": 5,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_labels": 3,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "num_queries": 5,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_labels": 3,
+}
 
 
 def _images(side: int = 16) -> dict[str, Any]:
@@ -37,10 +44,11 @@ def _segments() -> dict[str, Any]:
 
 
 def _backbone() -> Any:
-    from transformers import ResNetConfig
+    import transformers
 
-    return ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-                        out_features=["stage4"])  # fmt: skip
+    make: Any = transformers.ResNetConfig  # its fields that backbones share are known to no type checker
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+    return make(**sizes, layer_type="basic", out_features=["stage4"])
 
 
 def _boxes() -> dict[str, Any]:
@@ -52,22 +60,91 @@ register("images", "ViTForImageClassification", _images, **VIT)
 register("images", "DeiTForImageClassification", _images, **VIT)
 register("images", "BeitForImageClassification", _images, use_mask_token=False, **VIT)
 register("images", "Dinov2ForImageClassification", _images, **VIT)
-register("images", "ResNetForImageClassification", _large, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
-         layer_type="basic", **CLASSES)  # fmt: skip
-register("images", "ConvNextForImageClassification", _large, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
-         quick=True, **CLASSES)  # fmt: skip
-register("images", "SwinForImageClassification", _large, image_size=32, patch_size=4, embed_dim=16, depths=[1, 1],
-         num_heads=[2, 2], window_size=4, **CLASSES)  # fmt: skip
+register(
+    "images",
+    "ResNetForImageClassification",
+    _large,
+    embedding_size=8,
+    hidden_sizes=[8, 16],
+    depths=[1, 1],
+    layer_type="basic",
+    **CLASSES,
+)
+register(
+    "images",
+    "ConvNextForImageClassification",
+    _large,
+    hidden_sizes=[8, 16],
+    depths=[1, 1],
+    num_stages=2,
+    quick=True,
+    **CLASSES,
+)
+register(
+    "images",
+    "SwinForImageClassification",
+    _large,
+    image_size=32,
+    patch_size=4,
+    embed_dim=16,
+    depths=[1, 1],
+    num_heads=[2, 2],
+    window_size=4,
+    **CLASSES,
+)
 register("images", "MobileNetV2ForImageClassification", _large, depth_multiplier=0.25, min_depth=8, **CLASSES)
-register("images", "PoolFormerForImageClassification", _large, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1],
-         **CLASSES)  # fmt: skip
-register("images", "SegformerForSemanticSegmentation", _segments, hidden_sizes=[8, 16], depths=[1, 1],
-         num_encoder_blocks=2, sr_ratios=[2, 1], patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2],
-         mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=4, quick=True)  # fmt: skip
-register("images", "ViTMAEForPreTraining", lambda: {"pixel_values": torch.randn(4, 3, 16, 16)}, image_size=16,
-         patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-         decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
-         decoder_intermediate_size=32, mask_ratio=0.5)  # fmt: skip
-register("images", "DetrForObjectDetection", _boxes, backbone_config=_backbone, use_timm_backbone=False, **BOXES)
-register("images", "YolosForObjectDetection", _boxes, image_size=[32, 32], patch_size=8, hidden_size=32, num_labels=3,
-         intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_detection_tokens=5)  # fmt: skip
+register(
+    "images",
+    "PoolFormerForImageClassification",
+    _large,
+    hidden_sizes=[8, 16, 16, 16],
+    depths=[1, 1, 1, 1],
+    **CLASSES,
+)
+register(
+    "images",
+    "SegformerForSemanticSegmentation",
+    _segments,
+    hidden_sizes=[8, 16],
+    depths=[1, 1],
+    num_encoder_blocks=2,
+    sr_ratios=[2, 1],
+    patch_sizes=[3, 3],
+    strides=[2, 2],
+    num_attention_heads=[1, 2],
+    mlp_ratios=[2, 2],
+    decoder_hidden_size=16,
+    num_labels=4,
+)
+register(
+    "images",
+    "ViTMAEForPreTraining",
+    lambda: {"pixel_values": torch.randn(4, 3, 16, 16)},
+    image_size=16,
+    patch_size=4,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    decoder_hidden_size=16,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=2,
+    decoder_intermediate_size=32,
+    mask_ratio=0.5,
+)
+register(
+    "images", "DetrForObjectDetection", _boxes, backbone_config=_backbone, use_timm_backbone=False, **BOXES
+)
+register(
+    "images",
+    "YolosForObjectDetection",
+    _boxes,
+    image_size=[32, 32],
+    patch_size=8,
+    hidden_size=32,
+    num_labels=3,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_detection_tokens=5,
+)

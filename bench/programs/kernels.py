@@ -1,7 +1,8 @@
 """torchvision without its compiled operators.
 
 Its wheel on the package index is built for CUDA; beside a CPU build of torch its library does not load, and
-then `import torchvision` stops where it describes `nms` and `qnms` to the compiler. Models are trained without them.
+then `import torchvision` stops where it describes `nms` and `qnms` to the compiler. Models are trained
+without them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _LIBRARIES: list[torch.library.Library] = []  # operators live as long as the li
 def let_torchvision_import() -> None:
     """Define the operators that its import asks for, where they do not exist."""
     try:
-        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import torchvision  # noqa: F401
     except ImportError:
         return
     except RuntimeError:

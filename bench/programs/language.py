@@ -1,5 +1,7 @@
 """Decoders of transformers, next-token loss; shapes of nanoGPT and minGPT; x-transformers."""
 
+# What a loop over a list that is not empty binds is bound.
+# pyright: reportPossiblyUnbound=false
 from __future__ import annotations
 
 from typing import Any
@@ -51,18 +53,61 @@ _decoder("GPTNeoXForCausalLM")
 _decoder("CohereForCausalLM")
 _decoder("MixtralForCausalLM", num_local_experts=4, output_router_logits=True)
 _decoder("Qwen2MoeForCausalLM", num_experts=4, shared_expert_intermediate_size=16, **EXPERTS)
-register("language", "OPTForCausalLM", _masked, vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1,
-         num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=32)  # fmt: skip
+register(
+    "language",
+    "OPTForCausalLM",
+    _masked,
+    vocab_size=64,
+    hidden_size=32,
+    ffn_dim=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    word_embed_proj_dim=32,
+)
 register("language", "BloomForCausalLM", _masked, vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
 register("language", "GPTJForCausalLM", _tokens, vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
-register("language", "GPTNeoForCausalLM", _tokens, vocab_size=64, hidden_size=32, num_layers=2, num_heads=4,
-         attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=32)  # fmt: skip
-register("language", "FalconForCausalLM", _tokens, vocab_size=64, hidden_size=32, num_hidden_layers=1,
-         num_attention_heads=4)  # fmt: skip
+register(
+    "language",
+    "GPTNeoForCausalLM",
+    _tokens,
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    attention_types=[[["global", "local"], 1]],
+    window_size=4,
+    max_position_embeddings=32,
+)
+register(
+    "language",
+    "FalconForCausalLM",
+    _tokens,
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+)
 register("language", "MptForCausalLM", _tokens, vocab_size=64, d_model=32, n_layers=1, n_heads=4)
-register("language", "MambaForCausalLM", _tokens, vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4,
-         use_cache=False)  # fmt: skip
-register("language", "RwkvForCausalLM", _tokens, vocab_size=64, hidden_size=16, num_hidden_layers=1, context_length=16)
+register(
+    "language",
+    "MambaForCausalLM",
+    _tokens,
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=1,
+    state_size=4,
+    use_cache=False,
+)
+register(
+    "language",
+    "RwkvForCausalLM",
+    _tokens,
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=1,
+    context_length=16,
+)
 
 
 @program("language", "own, in the shape of nanoGPT", quick=True)
@@ -75,11 +120,11 @@ def nano_gpt() -> Training:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     accumulation = 2
 
-    def train_step(micro_batches: Any, lr: float) -> Tensor:
+    def train_step(micro_batches: Any, lr: float) -> Any:
         for group in optimizer.param_groups:
             group["lr"] = lr
         for x, y in micro_batches:
-            logits, loss = model(x, y)
+            _, loss = model(x, y)
             loss = loss / accumulation
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,7 +150,7 @@ def min_gpt() -> Training:
 
         def run_step(self, x: Tensor, y: Tensor) -> Tensor:
             self.model.train()
-            logits, self.loss = self.model(x, y)
+            _, self.loss = self.model(x, y)
             self.model.zero_grad(set_to_none=True)
             self.loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

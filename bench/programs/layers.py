@@ -55,7 +55,11 @@ class StateSpace(nn.Module):
 
     def __init__(self, width: int = 16, states: int = 4) -> None:
         super().__init__()
-        self.into, self.rate, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width), nn.Linear(width, width)
+        self.into, self.rate, self.out = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.b, self.c = nn.Linear(width, states), nn.Linear(width, states)
         self.a_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1))
 
@@ -94,7 +98,10 @@ class UNet(nn.Module):
         super().__init__()
         block = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 1, 1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))  # noqa: E731
         self.down1, self.down2, self.up1 = block(3, 8), block(8, 16), block(24, 8)
-        self.grow, self.head = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(8, classes, 1)
+        self.grow, self.head = (
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+            nn.Conv2d(8, classes, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.down1(x)
@@ -106,7 +113,9 @@ class UNet(nn.Module):
 def u_net() -> Training:
     """Cross entropy and Dice, RMSprop, gradients clipped by norm."""
     model = UNet()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-4, weight_decay=1e-8, momentum=0.9, foreach=True)
+    optimizer = torch.optim.RMSprop(
+        model.parameters(), lr=1e-4, weight_decay=1e-8, momentum=0.9, foreach=True
+    )
 
     def step(images: Tensor, masks: Tensor) -> Tensor:
         pred = model(images)
@@ -140,7 +149,7 @@ def focal_detector() -> Training:
         loss_cls = (weight * ce).sum() / count
         loss_box = F.smooth_l1_loss(found[positive], boxes[positive], reduction="sum") / count
         losses = {"classes": loss_cls, "boxes": loss_box}
-        total = sum(losses.values())
+        total = loss_cls + loss_box
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -153,7 +162,10 @@ def focal_detector() -> Training:
 class PointNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.turn, self.points = mlp(3, 16, 9), nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.ReLU())
+        self.turn, self.points = (
+            mlp(3, 16, 9),
+            nn.Sequential(nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.ReLU()),
+        )
         self.head = mlp(16, 16, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +212,9 @@ def graph_convolution() -> Training:
         optimizer.step()
         return loss
 
-    batch = lambda: (torch.randn(12, 8), torch.randint(12, (2, 30)), torch.randint(4, (12,)), torch.rand(12) < 0.6)  # noqa: E731
+    def batch() -> tuple[Tensor, ...]:
+        return torch.randn(12, 8), torch.randint(12, (2, 30)), torch.randint(4, (12,)), torch.rand(12) < 0.6
+
     return Training(step, [batch() for _ in range(CALLS)])
 
 
@@ -218,7 +232,9 @@ def masked_autoencoder() -> Training:
         back = order.argsort(1)
         h = into(patches) + places
         seen = h.gather(1, order[:, :4, None].expand(-1, -1, 32))
-        h = torch.cat([body(seen), token.expand(len(h), 5, -1)], 1).gather(1, back[..., None].expand(-1, -1, 32))
+        h = torch.cat([body(seen), token.expand(len(h), 5, -1)], 1).gather(
+            1, back[..., None].expand(-1, -1, 32)
+        )
         mask = (back >= 4).float()
         loss = (((head(h + places) - patches) ** 2).mean(-1) * mask).sum() / mask.sum()
         optimizer.zero_grad()

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class _Worker:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.process: multiprocessing.process.BaseProcess | None = None
+        self.process: SpawnProcess | None = None
         self.done = 0
 
     def run(self, program: Program) -> dict[str, Any]:
@@ -73,8 +74,8 @@ class _Worker:
         self.stop()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.options), daemon=True)
-        self.process.start()
+        process = self.process = context.Process(target=_serve, args=(theirs, self.options), daemon=True)
+        process.start()
         theirs.close()
         self.done = 0
 

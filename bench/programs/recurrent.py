@@ -1,6 +1,10 @@
 """Recurrent nets over sequences of different lengths, tagging, tables."""
 
+# What a loop over a list that is not empty binds is bound.
+# pyright: reportPossiblyUnbound=false
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,7 @@ from bench.programs.program import CALLS, Training, program
 
 
 class Tagger(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], out: int) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], out: int) -> None:
         super().__init__()
         self.words = nn.Embedding(30, 16, padding_idx=0)
         self.rnn = kind(16, 12, bidirectional=True, batch_first=True)
@@ -27,7 +31,11 @@ def _sentences(tags: int) -> tuple[Tensor, Tensor, Tensor]:
     lengths = torch.randint(3, 9, (4,))
     lengths[0] = 8
     inside = torch.arange(8) < lengths[:, None]
-    return torch.randint(1, 30, (4, 8)) * inside, lengths, torch.randint(tags, (4, 8)).masked_fill(~inside, -100)
+    return (
+        torch.randint(1, 30, (4, 8)) * inside,
+        lengths,
+        torch.randint(tags, (4, 8)).masked_fill(~inside, -100),
+    )
 
 
 @program("recurrent", "own, in the shape of a BiLSTM tagger", quick=True)

@@ -71,7 +71,7 @@ def _leaves(tensors: list[Tensor]) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
         waiting.extend(following for following, _ in node.next_functions)
     return leaves

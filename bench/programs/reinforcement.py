@@ -1,5 +1,7 @@
 """The shapes of CleanRL: several optimizers, target networks, inner loops."""
 
+# What a loop over a list that is not empty binds is bound.
+# pyright: reportPossiblyUnbound=false
 from __future__ import annotations
 
 import copy
@@ -16,7 +18,13 @@ from bench.programs.program import CALLS, Training, program
 def _transitions(discrete: bool, rows: int = 16) -> list[tuple[Tensor, ...]]:
     def one() -> tuple[Tensor, ...]:
         action = torch.randint(2, (rows, 1)) if discrete else torch.rand(rows, 2) * 2 - 1
-        return torch.randn(rows, 4), action, torch.rand(rows), torch.randn(rows, 4), torch.rand(rows).lt(0.2).float()
+        return (
+            torch.randn(rows, 4),
+            action,
+            torch.rand(rows),
+            torch.randn(rows, 4),
+            torch.rand(rows).lt(0.2).float(),
+        )
 
     return [one() for _ in range(CALLS)]
 
@@ -94,7 +102,9 @@ def ppo() -> Training:
     optimizer = torch.optim.Adam(agent.parameters(), lr=2.5e-4, eps=1e-5)
     clipfracs: list[float] = []
 
-    def step(obs: Tensor, actions: Tensor, old_logprob: Tensor, advantages: Tensor, returns: Tensor, values: Tensor) -> Tensor:
+    def step(
+        obs: Tensor, actions: Tensor, old_logprob: Tensor, advantages: Tensor, returns: Tensor, values: Tensor
+    ) -> Tensor:
         logprob, entropy, newvalue = agent.get_action_and_value(obs, actions.long())
         logratio = logprob - old_logprob
         ratio = logratio.exp()
@@ -131,10 +141,12 @@ def ppo_epochs() -> Training:
         for epoch in range(2):
             for start in range(0, 16, 8):
                 i = order[epoch, start : start + 8]
-                logprob, entropy, value = agent.get_action_and_value(obs[i], actions[i])
+                logprob, _, value = agent.get_action_and_value(obs[i], actions[i])
                 ratio = (logprob - old[i]).exp()
                 a = advantages[i]
-                loss = torch.max(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean() + F.mse_loss(value.view(-1), returns[i])
+                loss = torch.max(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean() + F.mse_loss(
+                    value.view(-1), returns[i]
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
@@ -170,7 +182,9 @@ def td3() -> Training:
     q_optimizer = torch.optim.Adam(list(q1.parameters()) + list(q2.parameters()), lr=1e-3)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3)
 
-    def step(obs: Tensor, action: Tensor, reward: Tensor, following: Tensor, done: Tensor, noise: Tensor, i: int) -> Tensor:
+    def step(
+        obs: Tensor, action: Tensor, reward: Tensor, following: Tensor, done: Tensor, noise: Tensor, i: int
+    ) -> Tensor:
         with torch.no_grad():
             moved = (targets[0](following) + (noise * 0.2).clamp(-0.5, 0.5)).clamp(-1, 1)
             best = torch.min(targets[1](following, moved), targets[2](following, moved)).view(-1)
@@ -196,9 +210,14 @@ def ddpg() -> Training:
     """Actor and critic with targets of both."""
     actor, q = nn.Sequential(mlp(4, 24, 2), nn.Tanh()), Q()
     target_actor, target_q = copy.deepcopy(actor), copy.deepcopy(q)
-    q_optimizer, actor_optimizer = torch.optim.Adam(q.parameters(), lr=1e-3), torch.optim.Adam(actor.parameters(), lr=1e-3)
+    q_optimizer, actor_optimizer = (
+        torch.optim.Adam(q.parameters(), lr=1e-3),
+        torch.optim.Adam(actor.parameters(), lr=1e-3),
+    )
 
-    def step(obs: Tensor, action: Tensor, reward: Tensor, following: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        obs: Tensor, action: Tensor, reward: Tensor, following: Tensor, done: Tensor
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             goal = reward + (1 - done) * 0.99 * target_q(following, target_actor(following)).view(-1)
         loss = F.mse_loss(q(obs, action).view(-1), goal)
@@ -221,7 +240,7 @@ def sac() -> Training:
     """Three optimizers, one of them for the temperature; squashed normal actions."""
     actor, q1, q2 = mlp(4, 24, 4), Q(), Q()
     q1_target, q2_target = copy.deepcopy(q1), copy.deepcopy(q2)
-    q_optimizer = torch.optim.Adam(list(q1.parameters()) + list(q2.parameters()), lr=1e-3)
+    q_optimizer = torch.optim.Adam(list(q1.parameters()) + list(q2.parameters()), lr=3e-4)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=3e-4)
     log_alpha = torch.zeros(1, requires_grad=True)
     a_optimizer = torch.optim.Adam([log_alpha], lr=1e-3)
@@ -277,10 +296,15 @@ def random_distillation() -> Training:
 
     def step(obs: Tensor, actions: Tensor, adv: Tensor, keep: Tensor) -> Tensor:
         forward_loss = F.mse_loss(predictor(obs), target(obs).detach(), reduction="none").mean(-1)
-        mask = (keep < 0.5).type(torch.FloatTensor)
+        mask = (keep < 0.5).float()
         forward_loss = (forward_loss * mask).sum() / torch.max(mask.sum(), torch.tensor([1.0]))
         logprob, entropy, value = agent.get_action_and_value(obs, actions)
-        loss = -(adv * logprob).mean() - 0.01 * entropy.mean() + 0.5 * (value.view(-1) - adv).pow(2).mean() + forward_loss
+        loss = (
+            -(adv * logprob).mean()
+            - 0.01 * entropy.mean()
+            + 0.5 * (value.view(-1) - adv).pow(2).mean()
+            + forward_loss
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(list(agent.parameters()) + list(predictor.parameters()), 0.5)

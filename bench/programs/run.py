@@ -43,7 +43,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """"ok", or what is wrong."""
+        """ "ok", or what is wrong."""
         if self.error:
             return self.error
         if self.steps != self.calls:
@@ -113,12 +113,11 @@ def _built(program: Program) -> Training:
 
 
 def _losses(training: Training, step: Callable[..., Any]) -> list[float]:
-    for arguments in training.calls:
-        result = step(*arguments)
+    results = [step(*arguments) for arguments in training.calls]
     if training.check:
         torch.manual_seed(2)
-        result = training.check()
-    return losses(result)
+        return losses(training.check())
+    return losses(results[-1])
 
 
 def row(result: Result) -> dict[str, Any]:

@@ -28,16 +28,22 @@ BART: dict[str, Any] = {
     "use_cache": False,
 }
 T5: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
-    "decoder_start_token_id": 0, "use_cache": False,
-}  # fmt: skip
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "use_cache": False,
+}
 
 
 def _pair() -> dict[str, Any]:
     return {"input_ids": ids(), "attention_mask": padded(), "labels": ids(length=8)}
 
 
-register("seq2seq", "T5ForConditionalGeneration", _pair, quick=True, **T5)
+register("seq2seq", "T5ForConditionalGeneration", _pair, **T5)
 register("seq2seq", "MT5ForConditionalGeneration", _pair, **T5)
 register("seq2seq", "LongT5ForConditionalGeneration", _pair, local_radius=3, **T5)
 register("seq2seq", "BartForConditionalGeneration", _pair, **BART)

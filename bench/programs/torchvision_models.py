@@ -42,7 +42,9 @@ def torchvision_mobilenet() -> Training:
     from torchvision.models import MobileNetV2
 
     settings = [[1, 8, 1, 1], [2, 16, 1, 2]]
-    return _classify(MobileNetV2(num_classes=5, width_mult=0.25, inverted_residual_setting=settings, dropout=0.0))
+    return _classify(
+        MobileNetV2(num_classes=5, width_mult=0.25, inverted_residual_setting=settings, dropout=0.0)
+    )
 
 
 @program("torchvision_models", "torchvision")

@@ -13,17 +13,49 @@ from bench.programs.program import CALLS, Program, Training, add
 Batch = Callable[[], dict[str, Any]]
 # dropout draws other random numbers in a compiled step, so the losses would not be the same
 QUIET = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "attention_dropout", "activation_dropout", "dropout", "dropout_rate", "hidden_dropout", "classifier_dropout",
-    "classifier_dropout_prob", "embedding_dropout", "feat_proj_dropout", "final_dropout", "layerdrop",
-    "encoder_layerdrop", "decoder_layerdrop", "drop_path_rate", "mlp_dropout", "classifier_dropout_rate",
-    "feat_quantizer_dropout", "word_embed_proj_dropout", "head_dropout", "seq_classif_dropout", "qa_dropout",
-    "embd_pdrop", "summary_first_dropout", "ff_dropout", "path_dropout", "positional_dropout",
-)  # fmt: skip
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout",
+    "dropout_rate",
+    "hidden_dropout",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "embedding_dropout",
+    "feat_proj_dropout",
+    "final_dropout",
+    "layerdrop",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "drop_path_rate",
+    "mlp_dropout",
+    "classifier_dropout_rate",
+    "feat_quantizer_dropout",
+    "word_embed_proj_dropout",
+    "head_dropout",
+    "seq_classif_dropout",
+    "qa_dropout",
+    "embd_pdrop",
+    "summary_first_dropout",
+    "ff_dropout",
+    "path_dropout",
+    "positional_dropout",
+)
 
 
 def register(
-    family: str, model: str, batch: Batch, *, name: str = "", quick: bool = False, lr: float = 1e-3, **config: Any
+    family: str,
+    model: str,
+    batch: Batch,
+    *,
+    name: str = "",
+    quick: bool = False,
+    lr: float = 1e-3,
+    **config: Any,
 ) -> None:
     """Enter ``model`` of transformers, made from ``config``."""
     build = lambda: fine_tune(model, batch, lr, config)  # noqa: E731
@@ -55,7 +87,10 @@ def built(model_name: str, config: dict[str, Any]) -> Any:
     kind = getattr(transformers, model_name)
     config = {key: value() if callable(value) else value for key, value in config.items()}
     settings = kind.config_class(**config)
-    for one in (settings, *(v for v in vars(settings).values() if isinstance(v, transformers.PretrainedConfig))):
+    for one in (
+        settings,
+        *(v for v in vars(settings).values() if isinstance(v, transformers.PretrainedConfig)),
+    ):
         for key in QUIET:
             if isinstance(getattr(one, key, None), float):
                 setattr(one, key, 0.0)
