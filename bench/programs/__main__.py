@@ -30,15 +30,16 @@ def main() -> None:
     console = Console()
     known = programs()
     chosen = [p for p in known if (not args.quick or p.quick) and _wanted(p, args.only)]
+    options = dict(args.option)
     rows = _rows(args.json) if args.resume or args.again else {}
+    done = {name for name, row in rows.items() if row["options"] == options}
     if args.again:
-        chosen = [p for p in chosen if rows.get(p.name, {}).get("verdict") != "ok"]
-    elif args.resume:
-        chosen = [p for p in chosen if p.name not in rows]
+        done = {name for name in done if rows[name]["verdict"] == "ok"}
+    chosen = [p for p in chosen if p.name not in done]
     columns = TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("programs", total=len(chosen))
-        for row in run_all(chosen, args.jobs, dict(args.option)):
+        for row in run_all(chosen, args.jobs, options):
             rows[row["name"]] = row
             bar.update(task, advance=1, description=row["name"])
             if row["verdict"] != "ok" or args.verbose:

@@ -164,7 +164,7 @@ def adversarial() -> Training:
     return Training(step, [batch() for _ in range(CALLS)])
 
 
-@program("derivatives", "own, in the shape of elastic weight consolidation")
+@program("derivatives", "own, in the shape of elastic weight consolidation", quick=True)
 def ewc() -> Training:
     """A quadratic pull to old weights, weighted by their Fisher information."""
     net = mlp(8, 16, 4)

@@ -85,7 +85,9 @@ _encoder(
 )
 _encoder("RoFormerForSequenceClassification", _classes, num_labels=3, embedding_size=32)
 _encoder("FNetForMaskedLM", lambda: {k: v for k, v in _masked_words().items() if k != "attention_mask"})
-register("encoders", "DistilBertForQuestionAnswering", _spans, max_position_embeddings=32, **DISTIL)
+register(
+    "encoders", "DistilBertForQuestionAnswering", _spans, quick=True, max_position_embeddings=32, **DISTIL
+)
 register(
     "encoders",
     "XLNetForSequenceClassification",

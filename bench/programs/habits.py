@@ -208,7 +208,7 @@ def multi_task() -> Training:
     """Two heads, one optimizer over three modules, parameters of the loss."""
     body, a, b = mlp(8, 16, 16), nn.Linear(16, 4), nn.Linear(16, 1)
     log_vars = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.Adamax([*body.parameters(), *a.parameters(), *b.parameters(), log_vars], lr=1e-2)
+    optimizer = torch.optim.Adamax([*body.parameters(), *a.parameters(), *b.parameters(), log_vars], lr=2e-3)
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         h = body(x)

@@ -92,7 +92,6 @@ register(
     window_size=4,
     **CLASSES,
 )
-register("images", "MobileNetV2ForImageClassification", _large, depth_multiplier=0.25, min_depth=8, **CLASSES)
 register(
     "images",
     "PoolFormerForImageClassification",
