@@ -85,7 +85,7 @@ _register("timm_adopt", "timm", _timm("adopt"))
 _register("timm_nadamw", "timm", _timm("nadamw"))
 _register("adabelief", "pytorch_optimizer", _collected("AdaBelief", lr=1e-2))
 _register("ranger", "pytorch_optimizer", _collected("Ranger", lr=1e-2))
-_register("sophia", "pytorch_optimizer", _collected("SophiaH", lr=1e-3))
+
 _register(
     "muon", "own, Muon for matrices and AdamW for the rest", lambda params: _Both(list(params)), quick=True
 )
