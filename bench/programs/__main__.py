@@ -40,10 +40,13 @@ def main() -> None:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("programs", total=len(chosen))
         for row in run_all(chosen, args.jobs, options):
+            trace = row.pop("trace")
             rows[row["name"]] = row
             bar.update(task, advance=1, description=row["name"])
             if row["verdict"] != "ok" or args.verbose:
                 console.print(f"{row['name']}: {row['verdict']}", highlight=False, markup=False)
+            if trace and args.verbose:
+                console.print(trace, highlight=False, markup=False)
             _write(args.json, [rows[p.name] for p in known if p.name in rows])
     good = sum(rows[p.name]["verdict"] == "ok" for p in known if p.name in rows)
     console.print(f"{good} of {len(rows)} programs train as torch.amp or float32 does: {args.json}")
