@@ -1,7 +1,7 @@
 """Decoders of transformers, next-token loss; shapes of nanoGPT and minGPT; x-transformers."""
 
 # What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from typing import Any

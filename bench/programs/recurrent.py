@@ -1,7 +1,7 @@
 """Recurrent nets over sequences of different lengths, tagging, tables."""
 
 # What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from collections.abc import Callable
