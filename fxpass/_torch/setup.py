@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import exc
-from torch._dynamo.variables import functions, lazy
+from torch._dynamo.variables import functions, lazy, nn_module, user_defined
 from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import TensorVariable
 
@@ -144,7 +144,10 @@ def _consider(
 
 
 def _is_model(variable: Any) -> bool:
-    value = getattr(variable, "value", None)
+    if isinstance(variable, lazy.LazyVariableTracker):
+        variable = variable.realize()
+    known = isinstance(variable, (user_defined.UserDefinedObjectVariable, nn_module.NNModuleVariable))
+    value = getattr(variable, "value", None) if known else None  # that of a list of tensors raises
     return isinstance(value, torch.nn.Module) and any(p.requires_grad for p in value.parameters())
 
 
