@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-cuda demo demo-digits test test-cuda fuzz lint format bench clean
+.PHONY: help .venv .venv-cuda demo demo-digits test test-cuda fuzz lint format bench programs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,6 +58,9 @@ format: .venv ## let ruff fix and format
 bench: .venv ## one step beside its peers: memory, time and losses, few tokens and many
 	$(BIN)/python -m bench.step --tokens 64
 	$(BIN)/python -m bench.step --tokens 512
+
+programs: .venv ## train 40 of the public training programs of docs/programs.md
+	$(BIN)/python -m bench.programs --quick
 
 clean: ## remove the environment, caches and outputs
 	rm -rf .venv .venv-cuda out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -265,10 +265,15 @@ def _grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     return var_getattr
 
 
+def _is_scaler(value: Any) -> bool:
+    """Whether this is a GradScaler whose calls do something."""
+    return isinstance(value, torch.amp.GradScaler) and value.is_enabled()
+
+
 def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     def _wrap(self: Any, value: Any) -> Any:
-        if isinstance(value, torch.amp.GradScaler):
-            hint = "remove the GradScaler: fxpass scales, unscales, checks and skips (option loss_scale)"
+        if _is_scaler(value):
+            hint = "remove the GradScaler or make it with enabled=False: fxpass scales, checks and skips"
             raise fail(OptimizerError("a GradScaler is used inside the step", where=user_line(), hint=hint))
         if self.source is not None and any(value is known for known in debugging.KNOWN):
             self.install_guards(GuardBuilder.ID_MATCH)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.variables import base, builder, ctx_manager, functions, user_defined
 from torch._dynamo.variables import torch as in_graph
+from torch.amp import GradScaler
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.nn.modules import batchnorm, rnn, transformer
 from torch.nn.utils import rnn as packing
@@ -301,6 +302,26 @@ def _binds_to_context(function: Any, owner: Any) -> bool:
     return isinstance(owner, ctx_manager.ContextWrappingVariable) and not own
 
 
+# ---------------------------------------------------------------- a GradScaler that is switched off
+
+
+def _off(scaler: Any, *_: Any, **__: Any) -> bool:
+    """Such a scaler passes on what it is given; one that is on is refused where the step first meets it."""
+    return not scaler.value.is_enabled()
+
+
+def _scale_off(self: Any, outputs: Any) -> Any:
+    return None if self._enabled else outputs  # asked, for Dynamo's guard on it
+
+
+def _step_off(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    return optimizer.step(*args, **kwargs)
+
+
+def _nothing(self: Any, *_: Any) -> None:
+    return None
+
+
 def _always(*_: Any, **__: Any) -> bool:
     return True
 
@@ -315,6 +336,12 @@ _SUBSTITUTES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
     rnn.LSTM.forward: (_takes_packed, _packed_rnn),
     rnn.GRU.forward: (_takes_packed, _packed_rnn),
     rnn.RNN.forward: (_takes_packed, _packed_rnn),
+    GradScaler.scale: (_off, _scale_off),
+    GradScaler.step: (_off, _step_off),
+    GradScaler.unscale_: (_off, _nothing),
+    GradScaler.update: (_off, _nothing),
+    GradScaler.get_scale: (_off, lambda self: 1.0),
+    GradScaler.is_enabled: (_off, lambda self: self._enabled),
 }
 _CLASSES: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
     torch.autograd.Variable: (_always, _variable),

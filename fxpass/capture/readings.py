@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+from .numbers import is_symbolic
 
 _KINDS: dict[type, torch.dtype] = {
     torch.SymFloat: torch.float64,
@@ -78,6 +81,8 @@ def _drop_bounds_of_booleans(graph: Graph) -> None:
 
 def _as_tensors(node: Node, made: dict[Node, Node]) -> Callable[..., Any] | None:
     """The function of tensors that computes what ``node`` does of numbers read before, if there is one."""
+    if _is_input(node):
+        return None  # AOTAutograd's to follow, which takes a float that it finds nowhere for a constant
     if node.op == "call_method" and node.target == "item":
         return lambda tensor: tensor.detach().reshape(())
     if node.op == "call_method" and node.target == "__round__":
@@ -86,8 +91,14 @@ def _as_tensors(node: Node, made: dict[Node, Node]) -> Callable[..., Any] | None
         function = _FUNCTIONS.get(node.target) or (
             _unary(node.target) if node.op == "call_function" else None
         )
-    known = all(n in made or n.op == "placeholder" for n in node.all_input_nodes)
+    known = all(n in made or n.op == "placeholder" or _is_input(n) for n in node.all_input_nodes)
     return function if known and any(n in made for n in node.all_input_nodes) else None
+
+
+def _is_input(node: Node) -> bool:
+    """Whether the node is a float that the step gets from Python, as Dynamo reads it."""
+    reads = node.op == "call_method" and node.target == "item"
+    return reads and is_symbolic(node) and not has_free_unbacked_symbols(node.meta["example_value"])
 
 
 def _unary(target: Any) -> Callable[..., Any] | None:

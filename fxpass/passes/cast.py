@@ -153,6 +153,8 @@ class _Caster:
             return
         if not self.kept.isdisjoint((grad, *grad.all_input_nodes)):
             return  # whoever keeps a module in float32 may do so because its gradient overflows
+        if _is_sum(grad):
+            return  # it is larger than what it sums, and small beside it: a class token's, a position's
         self._replace(node, grad, self.low, "a weight's gradient waits for the verdict in low precision")
 
     def _colour(self, node: Node) -> Colour | None:
@@ -366,6 +368,13 @@ class _Caster:
         for value in output.all_input_nodes:
             if self._changed(value):
                 output.replace_input_with(value, self._cast(output, value, self.original[value], reason))
+
+
+def _is_sum(grad: Node) -> bool:
+    """Whether a gradient is summed over a batch, as that of a bias is."""
+    while op_name(grad.target) in VIEWS:
+        grad = source(grad)
+    return op_name(grad.target) == "sum"
 
 
 def _target(node: Node) -> Callable[..., object]:

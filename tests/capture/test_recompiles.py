@@ -83,6 +83,39 @@ def test_histories_grow_without_a_new_graph(codegen: str) -> None:
     assert float(by_name["loss"][-1].detach()) == pytest.approx(2 * float(history[-1]))
 
 
+@pytest.mark.parametrize(
+    ("where", "codegen"),
+    [("attribute", "eager"), ("list", "inductor"), ("dict", "eager"), ("closure", "eager")],
+)
+def test_running_sums_of_the_loss(where: str, codegen: str) -> None:
+    def build() -> Training:
+        net = Mlp()
+        opt = torch.optim.AdamW(net.parameters(), lr=0.01)
+        kept, held, box, total = SimpleNamespace(total=0.0), {"total": 0.0}, [0.0], 0.0
+
+        def step(x: Tensor, y: Tensor) -> float:
+            nonlocal total
+            loss = mse_loss(net(x), y)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            if where == "attribute":
+                kept.total += loss.item()
+                return kept.total
+            if where == "list":
+                box[0] += loss.item()
+                return box[0]
+            if where == "dict":
+                held["total"] += loss.item()
+                return held["total"]
+            total += loss.item()
+            return total
+
+        return Training(step, [net], [opt], CALLS)
+
+    compare(build, graphs=2, handle=MixedPrecision(dtype="float32", codegen=codegen))
+
+
 def test_lists_of_other_backends_are_as_ever() -> None:
     """Dynamo keeps a table of its methods for the whole process: neither side may see the other's."""
     seen: list[Tensor] = []

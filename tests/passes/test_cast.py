@@ -163,6 +163,29 @@ def test_weight_gradients_are_stored_low_and_vectors_in_float32() -> None:
     assert {(tensor(n).ndim, tensor(n).dtype) for n in step.marks(GRAD)} == {(2, LOW), (1, torch.float32)}
 
 
+class Tokens(nn.Module):
+    """A class token and positions for all rows of the batch, zero at first as transformers' DeiT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.places = nn.Parameter(torch.zeros(1, 1, 4)), nn.Parameter(torch.zeros(1, 7, 4))
+        self.norm, self.head = nn.LayerNorm(4, eps=1e-12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(6, -1, -1), x[:, None].expand(-1, 6, -1)], 1) + self.places
+        return self.head(self.norm(h))[:, 0]
+
+
+def test_gradients_summed_over_a_batch_stay_in_float32() -> None:
+    grads = [
+        n for n in cast(Tokens()).nodes() if n.target is torch.ops.fxpass.mark.default and n.args[1] == GRAD
+    ]
+    assert {tuple(tensor(n).shape): tensor(n).dtype for n in grads} == {
+        **dict.fromkeys([(1, 1, 4), (1, 7, 4), (4,), (2,)], torch.float32),
+        (2, 4): LOW,
+    }
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_weights_are_stored_low(masked: bool) -> None:
     class Attention(nn.Module):

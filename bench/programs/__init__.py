@@ -1,0 +1,1 @@
+"""Public training programs, each with its step moved into a function: `python -m bench.programs`."""
