@@ -1,5 +1,8 @@
 """Self-supervised and metric learning, distillation."""
 
+# From the extra "programs".
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import copy

@@ -1,5 +1,8 @@
 """Optimizers of torch and of others on one small model."""
 
+# From the extra "programs".
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

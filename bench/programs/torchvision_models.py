@@ -1,5 +1,8 @@
 """Models of torchvision, made small."""
 
+# From the extra "programs".
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import torch
