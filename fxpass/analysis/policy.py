@@ -189,11 +189,7 @@ def colour_of(target: object) -> Colour | None:
     """The colour of an operator; None if the policy does not know it."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "fxpass":
         return COLOURS.get(op_name(target), Colour.FOLLOW)
-    if isinstance(target, torch._ops.OpOverload) and target.namespace not in (
-        "aten",
-        "prims",
-        "_c10d_functional",
-    ):
+    if isinstance(target, torch._ops.OpOverload) and target.namespace not in _NAMESPACES:
         return None
     return COLOURS.get(op_name(target))
 
