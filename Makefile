@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-cuda demo demo-digits test test-cuda fuzz lint format bench programs clean
+.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp test test-cuda fuzz lint format bench programs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,6 +33,9 @@ demo: .venv ## train a small GPT on the standard library's source, beside torch.
 
 demo-digits: .venv ## train a conv net with BatchNorm on scikit-learn's digits
 	$(BIN)/python examples/digits_cnn.py
+
+demo-ddp: .venv ## train a GPT on two processes, gradients averaged inside the step
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/ddp_gpt.py
 
 test: lint ## everything that CI checks: lint, then pytest on two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
