@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, f
 from .dynamo_common import call, is_new, record_of_frame, user_line
 from .joins import END, is_conditional, meeting
 from .record import FrameRecord
-from .selects import Declined, example, gate, select, storages
+from .selects import Declined, Raises, example, gate, select, storages
 
 MOST = 8  # how often a branch may come again on one of its own sides: in a short loop that it leaves
 _INLINED = symbolic_convert.InliningInstructionTranslator
@@ -175,15 +175,19 @@ class _State:
 def _side(tx: Any, before: _State, join: int, record: FrameRecord, when: Any, unless: Any) -> _Side:
     """Trace from the translator's position to ``join``, for the side of the condition ``when``."""
     graph = tx.output.current_tracer.graph
-    last = next(iter(reversed(graph.nodes)))
+    last, told = next(iter(reversed(graph.nodes))), len(record.told)
     with _only_makes_tensors(tx, record), enter_new_scope():
         tx.one_graph = True  # a graph break is an error, not a place to resume from
         while tx.instruction_pointer != join:
             inst = tx.instructions[tx.instruction_pointer]
-            if inst.opname == "RAISE_VARARGS" and not _caught(tx, inst):
-                return _Side(raises=_raised(tx, inst))
-            if not tx.step():
-                break
+            try:
+                if inst.opname == "RAISE_VARARGS" and not _caught(tx, inst):
+                    raise Raises(_raised(tx, inst))
+                if not tx.step():
+                    break
+            except Raises as error:
+                del record.told[told:]  # what it says on its way is not said: the text is in the error
+                return _Side(raises=str(error))
     if not before.kept(tx):
         raise Declined("one side enters a with that the other does not")
     gate(graph, last, when.as_proxy().node, unless.as_proxy().node)

@@ -20,6 +20,10 @@ class Declined(Exception):
     """Why the two sides can't both be in the graph."""
 
 
+class Raises(Exception):
+    """A side ends the program, or the function, with an exception: its text."""
+
+
 def example(variable: Any) -> Any:
     """The fake tensor behind a variable."""
     return variable.as_proxy().node.meta["example_value"]

@@ -8,9 +8,11 @@ follow (``"%.3f" % loss``, ``str(loss)``, ``math.exp(loss.item())``) becomes a c
 from __future__ import annotations
 
 import json
+import math
 import operator
 import pprint
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +29,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import CaptureError
 from .abandoned import refuse_disabled
-from .dynamo_common import changed, fail, record_of_frame, user_line
+from .dynamo_common import call, changed, fail, record_of_frame, user_line
 from .record import FrameRecord
+from .selects import Raises
 from .shown import as_now
 from .telling import Bar, Later, call_later
 
+_TESTS: dict[Any, Any] = {  # before the update: what a branch may ask
+    math.isfinite: torch.isfinite,
+    math.isnan: torch.isnan,
+    math.isinf: torch.isinf,
+}
 _TO_TEXT: tuple[Any, ...] = (str, repr, ascii, format)
 _DUMPS: tuple[Any, ...] = (json.dumps, json.dump, pprint.pprint, pprint.pformat, pprint.pp)
 _INSPECTING: tuple[Any, ...] = (isinstance, type, callable, hasattr, getattr, setattr, id, iter, next, super)
@@ -116,6 +124,10 @@ def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> 
             tx, function, args, kwargs, tells=function in (json.dump, pprint.pprint, pprint.pp)
         )
         return _text(later) if function in (json.dumps, pprint.pformat) else later
+    if record_of_frame().forking and (function is sys.exit or type(function).__name__ == "Quitter"):
+        raise Raises(f"SystemExit ({user_line()})")
+    if function in _TESTS and not record_of_frame().events and isinstance(_real(args[0]), SymNodeVariable):
+        return call(tx, _TESTS[function], call(tx, torch.scalar_tensor, args[0]))
     of_math = function is not None and getattr(function, "__module__", "") == "math"
     traced = hasattr(torch, f"_sym_{getattr(function, '__name__', '')}")
     if of_math and not traced and any(map(_is_late_number, given)):
