@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 _library = ctypes.CDLL(None)
 STUB = hasattr(_library, "stub_log_stop")
+COUNTS_ONLY = STUB and not os.environ.get("TRITON_INTERPRET")  # nothing computes
 if STUB:
     _library.stub_log_stop.restype = ctypes.c_char_p
 
