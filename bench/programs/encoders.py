@@ -6,14 +6,10 @@ from typing import Any
 
 import torch
 
-from bench.programs.transformers_table import ids, padded, register
+from bench.programs.transformers_table import SIZES, ids, padded, register
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
+    **SIZES,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
 }

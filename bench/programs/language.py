@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.programs.blocks import Gpt
 from bench.programs.program import CALLS, Training, program
-from bench.programs.transformers_table import ids, padded, register
+from bench.programs.transformers_table import SIZES, ids, padded, register
 
 
 def _tokens() -> dict[str, Any]:
@@ -29,11 +29,7 @@ def _masked() -> dict[str, Any]:
 
 
 LLAMA: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
+    **SIZES,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
     "pad_token_id": 0,

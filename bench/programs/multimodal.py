@@ -6,14 +6,10 @@ from typing import Any
 
 import torch
 
-from bench.programs.transformers_table import ids, padded, register
+from bench.programs.transformers_table import SIZES, ids, padded, register
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
+    **SIZES,
     "max_position_embeddings": 32,
     "eos_token_id": 63,
     "bos_token_id": 1,
@@ -64,11 +60,7 @@ def _llava() -> dict[str, Any]:
 
 LLAVA_TEXT: dict[str, Any] = {
     "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
+    **SIZES,
     "num_key_value_heads": 2,
 }
 

@@ -46,6 +46,15 @@ QUIET = (
     "positional_dropout",
 )
 
+# how large a model of words is, wherever its configuration has these names
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
 
 def register(
     family: str,

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from bench.programs.program import CALLS, Program, Training, add
-from bench.programs.transformers_table import built, ids
+from bench.programs.transformers_table import SIZES, built, ids
 
 LLAMA: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
+    **SIZES,
     "num_key_value_heads": 2,
     "use_cache": False,
 }
