@@ -13,6 +13,7 @@ meet; what differs then is ``torch.where(condition, a, b)``. A side that raises 
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -37,10 +38,9 @@ from .record import FrameRecord
 from .selects import Declined, Raises, example, gate, select, storages
 
 MOST = 8  # how often a branch may come again on one of its own sides: in a short loop that it leaves
+_CONDITIONAL = frozenset(code for name, code in dis.opmap.items() if is_conditional(name))
 _INLINED = symbolic_convert.InliningInstructionTranslator
 _GENERATOR = symbolic_convert.InliningGeneratorInstructionTranslator
-
-
 _REASONS = (Declined, exc.Unsupported, exc.UserError, GuardOnDataDependentSymNode)
 
 
@@ -68,7 +68,7 @@ def step_hook(original: Callable[..., bool]) -> Callable[..., bool]:
     def step(self: Any) -> bool:
         ip = self.instruction_pointer
         inst = self.instructions[ip] if ip is not None else None
-        if inst is None or not is_conditional(inst.opname) or not _undecided(self, inst):
+        if inst is None or inst.opcode not in _CONDITIONAL or not _undecided(self, inst):
             return original(self)
         record = record_of_frame()
         site = (self.f_code, inst.offset)
