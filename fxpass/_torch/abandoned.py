@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.exc import Unsupported, UserError
 
 from ..errors import CaptureError
-from .dynamo_common import fail, record_of_frame
+from .dynamo_common import fail, function_of, record_of_frame
 from .ways import Ways
 
 DISABLED = "take the training step out of torch.compiler.disable, or call it outside of the compiled function"
@@ -72,7 +72,7 @@ def refuse_disabled(fn: Any) -> None:
     Raises:
         CaptureError: it does, whichever way it goes.
     """
-    function: Any = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    function = function_of(fn)
     if not getattr(function, "_torchdynamo_disable", False) or not torch.is_grad_enabled():
         return
     code = getattr(inspect.unwrap(function), "__code__", None)

@@ -8,6 +8,7 @@ import re
 import sysconfig
 import threading
 import traceback
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -108,6 +109,19 @@ def no_grad(tx: Any) -> Iterator[None]:
 def object_of(variable: Any) -> Any:
     """The Python object that a variable stands for; None for lists and dicts, known by their items."""
     return vars(variable.realize()).get("value")
+
+
+def function_of(variable: Any) -> Any:
+    """The function or class that a call of ``variable`` runs, whose equality is its identity; None for others.
+
+    An object that can be called has an ``==``, a hash and a length of the user's own.
+    """
+    held = vars(variable.realize())
+    function = held.get("value", held.get("fn"))
+    return function if isinstance(function, _CALLED) else None
+
+
+_CALLED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
 
 def is_none(variable: Any) -> bool:

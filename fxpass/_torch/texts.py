@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import CaptureError
 from .abandoned import refuse_disabled
-from .dynamo_common import call, changed, fail, record_of_frame, user_line
+from .dynamo_common import call, changed, fail, function_of, object_of, record_of_frame, user_line
 from .record import FrameRecord
 from .selects import Raises
 from .shown import as_now
@@ -118,17 +118,17 @@ def _called_later(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any]) -> 
         if (not known or any(map(_is_late, given))) and not (known and fn.name == "format"):
             return _text(call_later(tx, fn.obj, args, kwargs, method=fn.name))
         return None
-    function = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    function = function_of(fn)
     if function in _DUMPS and any(map(_is_late, given)):
         later = call_later(
             tx, function, args, kwargs, tells=function in (json.dump, pprint.pprint, pprint.pp)
         )
         return _text(later) if function in (json.dumps, pprint.pformat) else later
-    if record_of_frame().forking and (function is sys.exit or type(function).__name__ == "Quitter"):
+    if record_of_frame().forking and (function is sys.exit or type(object_of(fn)).__name__ == "Quitter"):
         raise Raises(f"SystemExit ({user_line()})")
     if function in _TESTS and not record_of_frame().events and isinstance(_real(args[0]), SymNodeVariable):
         return call(tx, _TESTS[function], call(tx, torch.scalar_tensor, args[0]))
-    of_math = function is not None and getattr(function, "__module__", "") == "math"
+    of_math = getattr(function, "__module__", "") == "math"
     traced = hasattr(torch, f"_sym_{getattr(function, '__name__', '')}")
     if of_math and not traced and any(map(_is_late_number, given)):
         return call_later(tx, function, args, kwargs)
@@ -151,7 +151,7 @@ def _after_the_update(tx: Any, fn: Any, args: list[Any], kwargs: dict[str, Any])
     open_ = root.should_compile_partial_graph()
     if isinstance(owner, LRScheduler) and not (open_ and not root.maybe_has_backedge()):
         return call_later(tx, fn.obj, args, kwargs, method=fn.fn.__name__, tells=True, settles=True)
-    function = getattr(fn, "value", None) or getattr(fn, "fn", None)
+    function = function_of(fn) or object_of(fn)
     if open_ or not callable(function) or owner is not None:
         return None
     if not all(map(_is_value, [*args, *kwargs.values()])):
