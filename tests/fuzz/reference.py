@@ -41,7 +41,8 @@ class Eager:
 
     Args:
         options: the program's options for fxpass.
-        verdicts: skip exactly these calls instead of looking at the gradients.
+        verdicts: skip exactly these calls instead of looking at the gradients. Nothing is taken
+            back then, and what the step itself writes to parameters stays.
     """
 
     def __init__(self, built: Built, options: Mapping[str, Any], verdicts: list[bool] | None = None) -> None:
@@ -51,6 +52,7 @@ class Eager:
         self.calls = 0
         self.bad = False
         self.largest = 0.0
+        self.partly = False  # some parameters of a call were stepped: which extras follow is not modelled
         self._coefficient: Tensor | None = None
         for number, optimizer in enumerate(built.optimizers):
             optimizer.step = self._guarded(number, optimizer)  # pyright: ignore[reportAttributeAccessIssue]
@@ -62,14 +64,17 @@ class Eager:
         self.bad, self.largest, self._coefficient = False, 0.0, None
         old = Saved(built)
         outputs = outputs_of(built.step(*args))
-        if self.bad and self.options.get("skip") != "tensor":
-            old.restore()
+        if self.bad and self.options.get("skip") != "tensor" and self.verdicts is None:
+            old.restore()  # an optimizer before the one that found it has stepped
         elif self.bad:
             old.restore_extras()
+            self.partly |= self.options.get("skip") == "tensor"
         self.calls += 1
         grads = gradients(built) if self.options.get("grads") == "keep" else {}
         huge = any(bool((t.abs() > 6e4).any()) for t in args)
-        return Call(built.snapshot(), outputs, self.bad, grads, self.largest, huge)
+        unknown = tuple(f"extra {name} " for name in built.tainted) if self.partly else ()
+        state = {name: value for name, value in built.snapshot().items() if not name.startswith(unknown)}
+        return Call(state, outputs, self.bad, grads, self.largest, huge)
 
     def _guarded(self, number: int, optimizer: Optimizer) -> Callable[[], None]:
         plain = optimizer.step
