@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 import weakref
 from collections import deque
@@ -31,6 +32,7 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, output_graph, side_effects, symbolic_convert
 from torch._dynamo.exc import UserError
+from torch._dynamo.graph_break_hints import USER_ERROR
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
@@ -38,7 +40,19 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
-from . import abandoned, consumed, debugging, forks, indexing, replicas, substitutes, telling, texts, unbacked
+from . import (
+    abandoned,
+    consumed,
+    debugging,
+    dynamo_hooks,
+    forks,
+    indexing,
+    replicas,
+    substitutes,
+    telling,
+    texts,
+    unbacked,
+)
 from .borgs import one_of_many, refuse_two_ways
 from .dynamo_backward import backward
 from .dynamo_common import (
@@ -106,11 +120,11 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             return result
         except Exception as error:
             ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)
-            ours = ours or unbacked.refusal(error)
+            ours = ours or unbacked.refusal(error, args[0])
             if ours is None:
                 _note_failure(record, error)
                 raise
-            raise ours.with_traceback(None) from None
+            raise ours.with_traceback(None) from ours.__cause__
         finally:
             local.record = outer
             if record.error is None:
@@ -217,6 +231,7 @@ def _patches() -> Iterator[None]:
             module_zero_grad_hook(functions.UserMethodVariable.call_function),
         )
         for owner, name, hook in (
+            *dynamo_hooks.HOOKS,
             *indexing.HOOKS,
             *substitutes.HOOKS,
             *unbacked.HOOKS,
@@ -317,6 +332,10 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _what_broke(reason: str) -> str:
     """Dynamo's message without its advice, which is about graph breaks in general."""
+    unnamed = re.search(r"Failed to find name `(\w+)`", reason)
+    raised = re.search(r"Developer debug context: (?:raised exception )?(\S.*)", reason)
+    if unnamed or (raised and USER_ERROR[0] in reason):
+        return f"raises {raised[1]}" if raised else f"raises NameError: {unnamed and unnamed[1]}"
     wanted = []
     for line in (line.strip() for line in reason.strip().splitlines()):
         if line.startswith(("Hint:", "Developer debug", "***", "from user code", "For more details")):

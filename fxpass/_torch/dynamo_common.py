@@ -112,9 +112,9 @@ def object_of(variable: Any) -> Any:
 
 
 def function_of(variable: Any) -> Any:
-    """The function or class that a call of ``variable`` runs, whose equality is its identity; None for others.
+    """The function or class that a call of ``variable`` runs: equal only to itself. None for other objects.
 
-    An object that can be called has an ``==``, a hash and a length of the user's own.
+    Those have an ``==``, a hash and a length of the user's own.
     """
     held = vars(variable.realize())
     function = held.get("value", held.get("fn"))

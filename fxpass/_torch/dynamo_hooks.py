@@ -7,17 +7,20 @@ the trace does. Guards on both dictionaries of each leaf see hooks that come or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
-from torch._dynamo.variables import base
+from torch._dynamo.variables import base, tensor, user_defined
 from torch._dynamo.variables.constant import ConstantVariable
 from torch.nn.modules import module as _modules
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError
-from .dynamo_common import fail, is_none, user_line
+from .dynamo_common import fail, is_none, record_of_frame, user_line
+from .gradients import GRADIENT_CALLS
 
 VariableTracker = base.VariableTracker
 _GLOBAL = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
@@ -59,6 +62,50 @@ def _hooks(tx: Any, leaf: Any, attribute: str) -> list[Any]:
     return [table.call_method(tx, "__getitem__", [ConstantVariable.create(key)], {}) for key in hooks]
 
 
+def registering_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``TensorVariable._method_register_hook``: which node a handle belongs to."""
+
+    def _method_register_hook(self: Any, tx: Any, name: str, hook: Any) -> Any:
+        handle = original(self, tx, name, hook)
+        if getattr(handle, "idx", 0) is None:  # of a tensor that the step computes
+            record_of_frame().hooked.append((handle, self.as_proxy().node))
+        return handle
+
+    return _method_register_hook
+
+
+def handle_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``RemovableHandleVariable.call_method``: ``remove()``, once ``backward()`` has called the hook."""
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        record = record_of_frame()
+        node = next((node for handle, node in record.hooked if handle is self), None)
+        if name != "remove" or node is None:
+            return original(self, tx, name, args, kwargs)
+        if not any(n.op == "call_function" and n.target in GRADIENT_CALLS for n in node.graph.nodes):
+            found = "a hook is removed before any backward() has called it"
+            raise fail(CaptureError(found, where=user_line(), hint="do not register it"))
+        record.unhooked.append(node)
+        self.idx = self.REMOVED
+        return ConstantVariable.create(None)
+
+    return call_method
+
+
+def refuse_unhooked(losses: Any) -> None:
+    """Raise if the gradient of ``losses`` goes through a tensor whose hook has been removed."""
+    removed, seen = record_of_frame().unhooked, set[Any]()
+    rest = [proxy.node for proxy in tree_leaves(losses.as_proxy())] if removed else []
+    while rest:
+        node = rest.pop()
+        if node in removed:
+            found = "a backward comes after the removal of a hook on one of its tensors"
+            hint = "remove the hook after the last backward(), or compute that tensor again"
+            raise fail(CaptureError(found, where=user_line(), hint=hint))
+        rest += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+
+
 def has_hooks(leaf: Any) -> bool:
     """Whether something is to be called with the leaf's gradient."""
     example = leaf.as_proxy().node.meta.get("grapharg")
@@ -89,3 +136,9 @@ def refuse_retain_grad(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         "use h.register_hook(fn), or ask before backward(): torch.autograd.grad(loss, h, retain_graph=True)"
     )
     raise fail(CaptureError(found, where=user_line(), hint=hint))
+
+
+HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [
+    (tensor.TensorVariable, "_method_register_hook", registering_hook),
+    (user_defined.RemovableHandleVariable, "call_method", handle_hook),
+]

@@ -77,6 +77,8 @@ class FrameRecord:
     # as they were met, outermost first, each with the expression that reached it
     modules: list[tuple[str, torch.nn.Module]] = field(default_factory=list)
     real: dict[str, Any] = field(default_factory=dict)  # placeholder -> the optimizer's parameter
+    hooked: list[tuple[Any, Any]] = field(default_factory=list)  # handle -> node of a tensor of the step's
+    unhooked: list[Any] = field(default_factory=list)  # nodes whose hook has been removed
     traversed: set[Any] = field(default_factory=set)  # nodes of autograd that a backward() went through
     replicas: dict[int, Any] = field(default_factory=dict)  # id of a DistributedDataParallel -> Replica
     replicated: dict[int, Any] = field(default_factory=dict)  # id of a parameter -> its Replica

@@ -24,6 +24,7 @@ from torch.nn.utils import rnn as packing
 
 from . import opaque
 from .dynamo_common import object_of
+from .dynamo_hooks import refuse_unhooked
 
 VariableTracker = base.VariableTracker
 
@@ -93,6 +94,7 @@ def graph_call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.value is torch.autograd.grad:  # Dynamo looks for its flags by name
             named = zip(_FLAGS, args[3:], strict=False)
             args, kwargs = args[:3], {**dict(named), **kwargs}
+            refuse_unhooked(args[0] if args else kwargs["outputs"])
         function = _IN_GRAPH.get(self.value)
         if function is None or (function is _no_switch and not {"enabled", "benchmark"}.issuperset(kwargs)):
             return original(self, tx, args, kwargs)

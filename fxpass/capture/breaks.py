@@ -35,7 +35,8 @@ class Break:
         if known is None:
             return self.reason
         why = f", and {self.why}" if self.why and known is _ON_DATA else ""
-        return f"{known.found}{why} ({self.reason.split('. ')[0]})"
+        words = self.reason if self.reason.startswith("raises ") else self.reason.split(". ")[0]
+        return f"{known.found}{why} ({words})"
 
     @property
     def hint(self) -> str:
@@ -66,8 +67,19 @@ _ON_DATA = _Cause(
     "optimizer.step(), behind any with, try or loop; a loss of inf or nan needs no test: it is skipped",
     "choose with torch.where(condition, a, b), which keeps both sides in the graph",
 )
+_HOOKED = "register the hook once, before the compiled step is called"
+_RETURNED = (
+    "let it return what it computes; for the gradient of h, ask before backward(): "
+    "g = torch.autograd.grad(loss, h, retain_graph=True)"
+)
+_UNCOMPILED = "call the function without torch.compile, once: the error comes from there, with its traceback"
 _CAUSES = (
+    _Cause("^raises ", "this line fails", _UNCOMPILED, _UNCOMPILED),
     _ON_DATA,
+    _Cause(
+        "Unsafe side effect", "a hook or a checkpointed function changes other objects", _RETURNED, _RETURNED
+    ),
+    _Cause("RemovableHandle", "a hook is registered on a module inside the step", _HOOKED, _HOOKED),
     _Cause(r"compiler\.disable", "torch was told not to trace a function", _DISABLED, _DISABLED),
 )
 

@@ -261,3 +261,26 @@ def test_parameters_marked_static_before_the_first_compilation() -> None:
     torch.compile(_first(net, opt), backend=mp)(x, y)
     assert not mp.graphs[0].unreached
     assert all(not torch.equal(p, before[n]) for n, p in net.named_parameters() if n != "first.bias")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_mistakes_in_the_step_are_named(late: bool) -> None:
+    net = Mlp()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        loss = mse_loss(net(x), y)
+        if not late:
+            net.frist(x)  # pyright: ignore[reportCallIssue]
+        loss.backward()
+        if late:
+            undefined(loss)  # noqa: F821 # pyright: ignore[reportUndefinedVariable]
+        opt.step()
+
+    before = clone(dict(net.named_parameters()))
+    name = "NameError: undefined" if late else "no attribute 'frist'"
+    with pytest.raises(
+        CaptureError, match=rf"(?s)this line fails.*{name}.*test_errors.py.*without torch.compile"
+    ):
+        torch.compile(step, backend=MixedPrecision(codegen="eager"))(*batches(1)[0])
+    same(dict(net.named_parameters()), before, "parameters", exact=True)

@@ -198,6 +198,32 @@ def _two_updates(net: Mlp, opt: Any) -> Step:
     return step
 
 
+@dataclass
+class Smoothed:
+    """What can be called, compared and not hashed: criteria and metrics are often dataclasses."""
+
+    by: float = 0.1
+
+    def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+        return mse_loss(out, y) * (1 - self.by)
+
+    def __len__(self) -> int:
+        raise TypeError("nobody has to know")
+
+
+def _objects_that_are_called(net: Mlp, opt: Any) -> Step:
+    criterion = Smoothed()
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        opt.zero_grad()
+        loss = criterion(net(x), y)
+        loss.backward()
+        opt.step()
+        return loss
+
+    return step
+
+
 def _scaler_switched_off(net: Mlp, opt: Any) -> Step:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -230,6 +256,7 @@ FORMS = [
     _no_grad_block,
     _autocast_off,
     _two_updates,
+    _objects_that_are_called,
     _scaler_switched_off,
 ]
 

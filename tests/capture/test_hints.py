@@ -258,6 +258,94 @@ def _profiled(net: Any, opt: Any, hinted: bool) -> Step:
     return step
 
 
+def _row_in_place(net: Any, opt: Any, hinted: bool) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        opt.zero_grad()
+        h, i = net(x).clone(), x.sum(1).argmax()
+        if hinted:
+            h = torch.where((torch.arange(len(h)) == i)[:, None], h * 2, h)
+        else:
+            h[i].mul_(2)
+        mse_loss(h, y).backward()
+        opt.step()
+
+    return step
+
+
+def _hook_that_saves(net: Any, opt: Any, hinted: bool) -> Step:
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        opt.zero_grad()
+        saved: list[Tensor] = []
+        h = net.first(x)
+        loss = mse_loss(net.last(net.norm(torch.relu(h))), y)
+        if hinted:
+            saved += torch.autograd.grad(loss, h, retain_graph=True)
+        else:
+            h.register_hook(lambda g: saved.append(g))
+        loss.backward()
+        opt.step()
+        return saved[0]
+
+    return step
+
+
+def _hook_of_a_module(net: Any, opt: Any, hinted: bool) -> Step:
+    seen: list[Tensor] = []
+    keep = lambda module, args, out: seen.append(out)  # noqa: E731
+    if hinted:
+        net.first.register_forward_hook(keep)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        opt.zero_grad()
+        seen.clear()
+        handle = None if hinted else net.first.register_forward_hook(keep)
+        out = net(x)
+        if handle is not None:
+            handle.remove()
+        (mse_loss(out, y) + seen[0].square().mean()).backward()
+        opt.step()
+        seen.clear()
+
+    return step
+
+
+def _removed_too_early(net: Any, opt: Any, hinted: bool) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        opt.zero_grad()
+        out = net(x)
+        handle = out.register_hook(lambda g: g * 2)
+        loss = mse_loss(out, y)
+        loss.backward(retain_graph=True)
+        if not hinted:
+            handle.remove()
+        loss.backward()
+        if hinted:
+            handle.remove()
+        opt.step()
+
+    return step
+
+
+class _Unreadable:
+    def __getattribute__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def _no_attributes(net: Any, opt: Any, hinted: bool) -> Step:
+    odd = _Unreadable()
+
+    def step(x: Tensor, y: Tensor) -> None:
+        opt.zero_grad()
+        mse_loss(net(x), y).backward()
+        opt.step()
+
+    def reading(x: Tensor, y: Tensor) -> None:
+        step(x, y)
+        odd.read()  # type: ignore[attr-defined]
+
+    return step if hinted else reading
+
+
 CASES = [
     (_between, "br(oke|eaks) before", "after optimizer.step"),
     (_in_a_loop, "breaks inside a with, a try or a loop", "behind any with, try or loop"),
@@ -275,6 +363,11 @@ CASES = [
     (_profiled, "a profiler is started", "around the calls"),
     (_no_step, "without an optimizer step", "call optimizer.step"),
     (_other_loss, "no backward", "detach it"),
+    (_hook_that_saves, "changes other objects", "torch.autograd.grad"),
+    (_hook_of_a_module, "registered on a module inside", "once, before"),
+    (_removed_too_early, "removal of a hook", "after the last backward"),
+    (_row_in_place, "written in place", "choose by a mask"),
+    (_no_attributes, "tracing fails with KeyError", "outside of the compiled function"),
 ]
 
 

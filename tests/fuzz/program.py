@@ -91,11 +91,11 @@ _INPUTS = {
 _numbers = itertools.count()
 
 
-def source(program: Program) -> str:
-    """The program as a script: it is what runs."""
+def source(program: Program, least: int = 3) -> str:
+    """The program as a script of ``least`` calls, or as many as its words need: it is what runs."""
     every = [word for _, word in program.chosen]
     model, form, overflow = program.one("model"), program.one("form"), program.of("overflow")
-    calls = max(3, *(word.calls for word in every), *(5 if w.name == "every size" else 0 for w in every))
+    calls = max(least, *(word.calls for word in every), *(5 if w.name == "every size" else 0 for w in every))
     trained = next((word.code for word in program.of("params")), "model.parameters()")
     holes = {
         "title": textwrap.fill(program.title, 100),

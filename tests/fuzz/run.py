@@ -26,6 +26,7 @@ class Outcome:
     kind: str
     symptom: str = ""  # one line, equal for programs with the same fault
     detail: str = ""
+    steps: int = 0  # that were compared
 
     @property
     def good(self) -> bool:
@@ -66,7 +67,7 @@ def check(program: Mapping[str, Any]) -> Outcome:
             return Outcome(kind, _line(error), traceback.format_exc())
         except Exception as error:
             return Outcome("wrong", _line(error), traceback.format_exc())
-    return Outcome("right")
+    return Outcome("right", steps=program["CALLS"])
 
 
 def main(program: Mapping[str, Any]) -> None:
