@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 from fxpass import MixedPrecision
 
@@ -121,6 +122,62 @@ def two_models() -> tuple[nn.Module, Step]:
     return nets, step
 
 
+def logged() -> tuple[nn.Module, Step]:
+    """A loss that is averaged for the log, and evaluation on another batch."""
+    net = Net()
+    model, opt = DDP(net), _sgd(net)
+
+    def step(batches: Batch, factor: Tensor) -> Tensor:
+        opt.zero_grad()
+        loss = mse_loss(model(batches[0][0]), batches[0][1])
+        loss.backward()
+        opt.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        net.eval()
+        with torch.no_grad():
+            other = mse_loss(net(batches[1][0]), batches[1][1])
+        net.train()
+        return mean / WORLD + other
+
+    return net, step
+
+
+def branching() -> tuple[nn.Module, Step]:
+    """A branch that goes one way on one rank and the other way on the other; part of it is recomputed."""
+    net = Net()
+    net.norm.eval()
+    model, opt = DDP(net), _sgd(net)
+
+    def step(batches: Batch, factor: Tensor) -> None:
+        x, y = batches[0]
+        opt.zero_grad()
+        out = model(x)
+        if x.sum() > 0:
+            out = out * 2
+        mse_loss(checkpoint(torch.tanh, out, use_reentrant=False), y).backward()  # pyright: ignore
+        opt.step()
+
+    return net, step
+
+
+def two_optimizers() -> tuple[nn.Module, Step]:
+    net = Net()
+    model, one = DDP(net), torch.optim.SGD(net.first.parameters(), lr=0.1)
+    two = torch.optim.AdamW([*net.norm.parameters(), net.last.weight], lr=0.01)
+
+    def step(batches: Batch, factor: Tensor) -> None:
+        one.zero_grad()
+        two.zero_grad()
+        with model.no_sync():
+            (mse_loss(model(batches[0][0]), batches[0][1]) / 2).backward()
+        (mse_loss(model(batches[1][0]), batches[1][1]) / 2).backward()
+        one.step()
+        two.step()
+
+    return net, step
+
+
 def by_hand() -> tuple[nn.Module, Step]:
     """The user's own all-reduce, between backward and step."""
     net = Net()
@@ -208,6 +265,9 @@ PROGRAMS: dict[str, tuple[Build, dict[str, Any], Build]] = {
     "hooked": (hooked, EAGER, hooked),
     "unused": (unused, EAGER, unused),
     "two models": (two_models, EAGER, two_models),
+    "logged": (logged, {**EAGER, "memory_budget": 0.5}, logged),
+    "branching": (branching, EAGER, branching),
+    "two optimizers": (two_optimizers, EAGER, two_optimizers),
     "by hand": (by_hand, EAGER, by_hand),
     "option": (option, EAGER, without_buffers),
     "other ways": (other_ways, EAGER, replicated),
