@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp test test-cuda fuzz lint format bench programs clean
+.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp test test-cuda fuzz lint format docs dist bench programs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -57,6 +57,14 @@ lint: .venv ## ruff and pyright
 format: .venv ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv ## build the documentation and the API reference into out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: .venv ## build wheel and source distribution into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 bench: .venv ## one step beside its peers: memory, time and losses, few tokens and many
 	$(BIN)/python -m bench.step --tokens 64
