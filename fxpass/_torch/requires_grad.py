@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch._C import _functorch
 from torch._dynamo.utils import set_example_value
 from torch._dynamo.variables import builtin
 from torch._dynamo.variables.base import AttributeMutationExisting
@@ -38,6 +39,8 @@ def toggle_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         fake = given.node.meta["example_value"]
         # what was computed from it before saw the flag as it was at the start
         used = wanted and not fake.requires_grad and bool(given.node.users)
+        if self.source is None and not hasattr(tx.speculation_log, "graph_break_on_requires_grad_"):
+            return self if self.requires_grad == wanted else _toggle_made(self, tx, wanted)
         if self.source is None or given.node.op != "placeholder" or self.has_grad_fn or used:
             return original(self, tx, requires_grad)
         if self.requires_grad == wanted:
@@ -56,6 +59,26 @@ def toggle_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         return self
 
     return method_requires_grad_
+
+
+def _toggle_made(variable: Any, tx: Any, wanted: bool) -> Any:
+    """For torch before 2.13: the flag of a tensor that the step computes, set in the graph as it is set here.
+
+    functorch, under which AOTAutograd traces the graph once more, refuses it unless it is told otherwise.
+    """
+    allowed = _functorch.get_inplace_requires_grad_allowed()
+    tx.output.create_node("call_function", _functorch.set_inplace_requires_grad_allowed, (True,), {})
+    tx.output.create_proxy("call_method", "requires_grad_", (variable.as_proxy(), wanted), {})
+    tx.output.create_node("call_function", _functorch.set_inplace_requires_grad_allowed, (allowed,), {})
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        variable.as_proxy().node.meta["example_value"].requires_grad_(wanted)
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(allowed)
+    variable.requires_grad = wanted
+    if wanted:
+        tx.output.leaf_var_creation_order.append(variable)
+    return variable
 
 
 def assignment_hook(original: Callable[..., Any]) -> Callable[..., Any]:
