@@ -1,8 +1,8 @@
-"""Rewrite docs/cli.md: the output of every command in it, and the JSON schema.
+"""Rewrite docs/cli.md and docs/distributed.md: the output of every command in them, and the JSON schema.
 
 In a ``console`` block each line ``$ fxpass ...`` is run and what it prints
-replaces the lines after it; ``# first 20 lines`` behind a command keeps only
-these. Run it as ``python docs/update_cli.py``; it takes a few minutes.
+replaces the lines after it; ``# first 20 lines`` or ``# last 10 lines`` behind
+a command keeps only these. Run it as ``python docs/update_cli.py``; it takes a few minutes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from unittest import mock
 
 PAGE = Path(__file__).parent / "cli.md"
+PAGES = (PAGE, PAGE.with_name("distributed.md"))
 BLOCK = re.compile(r"(?m)^```console\n(.*?)^```$", re.DOTALL)
-COMMAND = re.compile(r"^\$ fxpass (?P<args>.*?)(?:  # first (?P<lines>\d+) lines)?$")
+COMMAND = re.compile(r"^\$ fxpass (?P<args>.*?)(?:  # (?P<end>first|last) (?P<lines>\d+) lines)?$")
 SCHEMA = re.compile(r"(<!-- schema -->\n).*?(<!-- end of schema -->)", re.DOTALL)
 
 
-def output(args: str, lines: int | None = None) -> str:
-    """What ``fxpass ARGS`` prints, or its first ``lines`` lines."""
+def output(args: str, lines: int | None = None, end: str | None = None) -> str:
+    """What ``fxpass ARGS`` prints, or its first or last ``lines`` lines."""
     import shlex
     import warnings
 
@@ -42,6 +43,8 @@ def output(args: str, lines: int | None = None) -> str:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             run(shlex.split(args))
     text = printed.getvalue().rstrip("\n")
+    if lines and end == "last":
+        return "\n".join(["...", *text.splitlines()[-lines:]]) + "\n"
     kept = text.splitlines()[:lines]
     return "\n".join([*kept, "..."] if len(kept) < len(text.splitlines()) else kept) + "\n"
 
@@ -53,13 +56,14 @@ def updated_block(match: re.Match[str]) -> str:
         if command := COMMAND.match(line):
             print(line, file=sys.stderr)
             lines = int(command["lines"]) if command["lines"] else None
-            parts.append(f"{line}\n{output(command['args'], lines)}")
+            parts.append(f"{line}\n{output(command['args'], lines, command['end'])}")
     return f"```console\n{''.join(parts)}```"
 
 
 def schema() -> str:
     """One table per answer, from the dataclasses that are printed as JSON."""
     from fxpass.analysis.view import NodeView
+    from fxpass.analysis.wire import Transfer
     from fxpass.cli import doctor, explain, graph, memory, passes, report
     from fxpass.report import diff, explanation, inspection
     from fxpass.report import memory as memory_data
@@ -77,7 +81,7 @@ def schema() -> str:
     parts = (
         *(inspection.Region, inspection.PassRow, inspection.Precision, inspection.Float32, NodeView),
         *(diff.Change, memory.Mode, memory_data.MemorySummary, memory_data.PhaseMemory, memory_data.Alive),
-        *(explanation.Explanation, passes.PassInfo, doctor.Check),
+        *(explanation.Explanation, passes.PassInfo, doctor.Check, Transfer),
     )
     tables = [_table(f'`"schema": "fxpass.{name}/1"`', cls) for name, cls in answers.items()]
     return "\n".join(tables + [_table(f"`{cls.__name__}`", cls) for cls in parts])
@@ -94,9 +98,10 @@ def _table(title: str, cls: Any) -> str:
 
 
 def main() -> None:
-    """Rewrite the page in place."""
-    text = BLOCK.sub(updated_block, PAGE.read_text())
-    PAGE.write_text(SCHEMA.sub(lambda m: f"{m[1]}\n{schema()}\n{m[2]}", text))
+    """Rewrite the pages in place."""
+    for page in PAGES:
+        text = BLOCK.sub(updated_block, page.read_text())
+        page.write_text(SCHEMA.sub(lambda m: f"{m[1]}\n{schema()}\n{m[2]}", text))
 
 
 if __name__ == "__main__":

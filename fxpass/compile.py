@@ -125,7 +125,8 @@ def compile_frame(
             undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
             event.habits = optim_state.habits_of(event.optimizer(), list(event.params), event.where)
             undo.append(counters.start(event.optimizer(), event.counters))
-        _share_weights(state, compilation.events)
+        if current_look() is None:
+            _share_weights(state, compilation.events)
         compiled = compilation.run()
     except BaseException as error:
         for back in reversed(undo):

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import _torch
 from .analysis.memory import MemoryProfile, graph_profile
 from .analysis.view import GraphView, view
+from .analysis.wire import Transfer, transfers
 from .backend import MixedPrecision
 from .errors import CaptureError
 from .ir.graph import Role, StepGraph, tensor
@@ -43,6 +44,8 @@ class DryRun:
     device: str  # the device it was traced for
     memory_of: str = "graph"  # whose memory was profiled: the "graph"'s, or that of Inductor's "program"
     notes: tuple[str, ...] = ()
+    ranks: int = 1
+    transfers: tuple[Transfer, ...] = ()  # what it sends to other ranks
 
     @property
     def memory(self) -> MemoryProfile:
@@ -122,14 +125,23 @@ def _attempt(
 
     backend = MixedPrecision(**options)
     profile, profiled = _profiler(of, notes)
-    with looking(Look(after_each, profile)):
+    ranks = backend.group.size() if backend.group is not None else 1
+    sent: list[Transfer] = []
+
+    def before_scheduling(step: StepGraph, *rest: Any) -> MemoryProfile:
+        sent[:] = transfers(step, ranks)
+        return profile(step, *rest)
+
+    with looking(Look(after_each, before_scheduling)):
         torch.compile(step, backend=backend, dynamic=dynamic)(*args, **kwargs)
     if not backend.graphs:
         hint = "the function must call loss.backward() and optimizer.step() itself"
         raise CaptureError("the step ran to its end and nothing was compiled", hint=hint)
     kind = "fake" if fake else "real"
     device = _device(graphs[0])
-    return DryRun(backend.graphs[-1], graphs[0], views, kind, device, profiled[-1], tuple(notes))
+    record = backend.graphs[-1]
+    of = profiled[-1]
+    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks, tuple(sent))
 
 
 def _profiler(of: str, notes: list[str]) -> tuple[Callable[..., MemoryProfile], list[str]]:

@@ -34,6 +34,7 @@ from .optimizer import get_value as get_value
 from .optimizer import has_own_step as has_own_step
 from .optimizer import has_step_hooks as has_step_hooks
 from .optimizer import note_step as note_step
+from .ranks import fake_ranks as fake_ranks
 from .record import FrameRecord as FrameRecord
 from .record import LeafGrad as LeafGrad
 from .record import StepEvent as StepEvent

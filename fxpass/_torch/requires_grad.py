@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch._C import _functorch
+from torch._C._functorch import get_inplace_requires_grad_allowed, set_inplace_requires_grad_allowed
 from torch._dynamo.utils import set_example_value
 from torch._dynamo.variables import builtin
 from torch._dynamo.variables.base import AttributeMutationExisting
@@ -66,15 +66,15 @@ def _toggle_made(variable: Any, tx: Any, wanted: bool) -> Any:
 
     functorch, under which AOTAutograd traces the graph once more, refuses it unless it is told otherwise.
     """
-    allowed = _functorch.get_inplace_requires_grad_allowed()
-    tx.output.create_node("call_function", _functorch.set_inplace_requires_grad_allowed, (True,), {})
+    allowed = get_inplace_requires_grad_allowed()
+    tx.output.create_node("call_function", set_inplace_requires_grad_allowed, (True,), {})
     tx.output.create_proxy("call_method", "requires_grad_", (variable.as_proxy(), wanted), {})
-    tx.output.create_node("call_function", _functorch.set_inplace_requires_grad_allowed, (allowed,), {})
-    _functorch.set_inplace_requires_grad_allowed(True)
+    tx.output.create_node("call_function", set_inplace_requires_grad_allowed, (allowed,), {})
+    set_inplace_requires_grad_allowed(True)
     try:
         variable.as_proxy().node.meta["example_value"].requires_grad_(wanted)
     finally:
-        _functorch.set_inplace_requires_grad_allowed(allowed)
+        set_inplace_requires_grad_allowed(allowed)
     variable.requires_grad = wanted
     if wanted:
         tx.output.leaf_var_creation_order.append(variable)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..report.explanation import Explanation, explanations
 from .errors import UsageProblem
-from .flags import backend_options, capture_options, common_options
+from .flags import across_ranks, backend_options, capture_options, common_options
 from .look import look_at
 from .output import console, print_json
 
@@ -27,6 +27,7 @@ class ExplainResult:
 @click.argument("words", nargs=-1, metavar="[TARGET] NODE", required=True)
 @click.option("--inserted", is_flag=True, help="only nodes that a pass inserted")
 @backend_options
+@across_ranks
 @capture_options
 @common_options
 def explain(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .. import _torch
 from ..dry_run import LARGE
 from ..errors import OptionError
 from ..options import _RULES, Options
@@ -17,6 +18,7 @@ from ..runtime import scale
 from .errors import UsageProblem
 
 Command = Callable[..., Any]
+GROUP = "data_parallel"  # no text is one: --ranks stands for it
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -91,7 +93,7 @@ def backend_options(command: Command) -> Command:
         texts = {n: ",".join(v) if isinstance(v, tuple) else str(v) for n, v in given.items()}
         return command(options=parse_all(texts), **kwargs)
 
-    fields = [f for f in dataclasses.fields(Options) if not isinstance(_default(f), dict)]
+    fields = [f for f in dataclasses.fields(Options) if not isinstance(_default(f), dict) and f.name != GROUP]
     names = [f.name for f in fields]
     wrapped: Command = with_options
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
@@ -122,6 +124,22 @@ def capture_options(command: Command) -> Command:
     return click.option(
         "--device", metavar="DEVICE", help="build and trace for this device; cuda needs no GPU for it"
     )(command)
+
+
+def across_ranks(command: Command) -> Command:
+    """``--ranks``: option ``data_parallel`` over that many ranks, which need not be there."""
+
+    def with_ranks(options: dict[str, Any], ranks: int | None, **kwargs: Any) -> Any:
+        if ranks is None:
+            return command(options=options, **kwargs)
+        with _torch.fake_ranks(ranks) as group:
+            return command(options={**options, GROUP: group}, **kwargs)
+
+    wrapped: Command = with_ranks
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__dict__.update(command.__dict__)
+    text = "average gradients over N ranks, as option data_parallel does; no other process is needed"
+    return click.option("--ranks", type=click.IntRange(2), metavar="N", help=text)(wrapped)
 
 
 def memory_of(command: Command) -> Command:

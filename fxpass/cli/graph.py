@@ -16,7 +16,7 @@ from ..dry_run import CAPTURED, DryRun
 from ..passes import PASSES
 from ..report.diff import Change, diff
 from .errors import UsageProblem
-from .flags import backend_options, capture_options, common_options
+from .flags import across_ranks, backend_options, capture_options, common_options
 from .look import look_at
 from .output import console, print_json
 
@@ -53,6 +53,7 @@ class DiffResult:
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="[default: text]")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="write to a file")
 @backend_options
+@across_ranks
 @capture_options
 @common_options
 def graph(

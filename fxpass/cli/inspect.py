@@ -10,7 +10,7 @@ from rich.console import Console
 from ..dry_run import CAPTURED
 from ..report.inspection import FLOATS, Inspection, inspection
 from ..report.memory import NOTES
-from .flags import backend_options, capture_options, common_options, memory_of
+from .flags import across_ranks, backend_options, capture_options, common_options, memory_of
 from .look import look_at
 from .memory import show_phases
 from .output import bytes_text, console, print_json, table
@@ -19,6 +19,7 @@ from .output import bytes_text, console, print_json, table
 @click.argument("target")
 @memory_of
 @backend_options
+@across_ranks
 @capture_options
 @common_options
 def inspect(
@@ -71,6 +72,23 @@ def show(found: Inspection, out: Console) -> None:
     peak = f"{bytes_text(found.memory.peak)}, {found.memory.bytes_per_parameter:.2f} bytes per parameter"
     out.print(f"memory {NOTES[found.memory.of]}: peak {peak}", markup=False)
     show_phases(found.memory, out)
+    if found.ranks > 1:
+        out.print()
+        _show_transfers(found, out)
+
+
+def _show_transfers(found: Inspection, out: Console) -> None:
+    sent = sum(t.sent for t in found.transfers)
+    per = sent / max(found.parameters, 1)
+    text = f"{found.ranks} ranks: each sends {bytes_text(sent)} a step, {per:.2f} bytes per parameter"
+    early = sum(t.sent for t in found.transfers if t.early) / max(sent, 1)
+    out.print(f"{text}; {early:.0%} of it starts before the last product of the backward", markup=False)
+    head = ("collective", "phase", "dtype", "bytes", "sent", "of N ranks", "products meanwhile")
+    cells = [
+        (t.operator, t.phase, t.dtype, f"{t.bytes:,}", f"{t.sent:,}", t.formula, t.products)
+        for t in found.transfers
+    ]
+    out.print(table(head, cells, right=("bytes", "sent", "products meanwhile")))
 
 
 def _show_precision(found: Inspection, out: Console) -> None:

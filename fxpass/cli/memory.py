@@ -14,7 +14,7 @@ from ..analysis.memory import MemoryProfile
 from ..dry_run import DryRun
 from ..report.memory import NOTES, MemorySummary, chrome_trace, summary
 from .errors import UsageProblem
-from .flags import backend_options, capture_options, common_options, memory_of, parse_all
+from .flags import across_ranks, backend_options, capture_options, common_options, memory_of, parse_all
 from .look import look_at
 from .output import bytes_text, console, print_json, table
 from .plot import timeline
@@ -56,6 +56,7 @@ class MemoryResult:
 )
 @memory_of
 @backend_options
+@across_ranks
 @capture_options
 @common_options
 def memory(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .errors import UsageProblem
-from .flags import backend_options, capture_options, common_options, memory_of
+from .flags import across_ranks, backend_options, capture_options, common_options, memory_of
 from .look import look_at
 from .output import bytes_text, console, print_json
 
@@ -33,6 +33,7 @@ class ReportResult:
 )
 @memory_of
 @backend_options
+@across_ranks
 @capture_options
 @common_options
 def report(

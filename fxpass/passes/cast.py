@@ -30,7 +30,7 @@ from ..analysis.policy import (
 from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, origin, phase, source, tensor
-from ..ir.marks import GRAD, MARK, SEED
+from ..ir.marks import AVERAGE, GRAD, MARK, SEED
 from .base import GraphPass
 
 aten = torch.ops.aten
@@ -116,6 +116,8 @@ class _Caster:
             self._replace(node, source(node, 1), tensor(source(node)).dtype, "stored value")
         elif node.target is MARK and node.args[1] in (SEED, GRAD):
             self._visit_mark(node)
+        elif node.target is AVERAGE and phase(node) is Phase.BACKWARD:
+            self._store(node)  # it is sent as it is stored
         elif (colour := self._colour(self._read_unscaled(node))) is None:
             self._cast_args(node, lambda n, _: self._own(n), "runs as in the uncompiled step")
             self.edit.touched.discard(node)  # it reads what it always read
@@ -149,7 +151,13 @@ class _Caster:
             if made.pass_name == "scale_loss":  # whose product with the scale overflows in the user's float16
                 self.edit.set_arg(node, 0, source(grad))
             return
-        if node.args[1] != GRAD or tensor(grad).ndim < 2 or tensor(grad).dtype is not torch.float32:
+        if node.args[1] == GRAD and grad.target is not AVERAGE:
+            self._store(node)
+
+    def _store(self, node: Node) -> None:
+        """Let ``node`` read a gradient in the dtype in which it waits for the verdict."""
+        grad = source(node)
+        if tensor(grad).ndim < 2 or tensor(grad).dtype is not torch.float32:
             return
         if not self.kept.isdisjoint((grad, *grad.all_input_nodes)):
             return  # whoever keeps a module in float32 may do so because its gradient overflows

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
+from ..analysis.nodes import nbytes
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph, phase, source, tensor
 from ..ir.marks import AVERAGE
@@ -30,7 +31,8 @@ class DataParallel(GraphPass):
     A bucket takes gradients of one backward in the order in which the graph computes them, the same on
     every rank. Each is multiplied by 1 / N before the sum, so that two large finite ones stay finite.
     The all-reduce stands behind the last gradient of its bucket, the wait behind the backward. Until
-    then a bucket is a second copy of its gradients: at most ``bucket_mb`` MiB each.
+    then a bucket is a second copy of its gradients: at most ``bucket_mb`` MiB each, and a tenth of what
+    is reduced where that is more than 1 MiB, so that most is on its way before the backward ends.
 
     ``reduce_dtype`` is what is summed and sent: None for the gradient's own, or float32.
     """
@@ -43,21 +45,23 @@ class DataParallel(GraphPass):
         order = {node: i for i, node in enumerate(step.graph.nodes)}
         means = [node for node in step.graph.nodes if node.target is AVERAGE]
         for _, of_one in groupby(means, key=lambda n: n.args[1:4]):
-            for bucket in self._buckets(sorted(of_one, key=lambda n: order[source(n)]), order):
-                self._reduce(edit, bucket)
+            born = sorted(of_one, key=lambda n: order[source(n)])
+            for dtype in dict.fromkeys(tensor(n).dtype for n in born):
+                for bucket in self._buckets([n for n in born if tensor(n).dtype == dtype], order):
+                    self._reduce(edit, bucket)
 
     def _buckets(self, means: list[Node], order: dict[Node, int]) -> Iterator[list[Node]]:
-        """Runs of equal dtype, each at most ``bucket_mb`` large or a single gradient.
+        """Runs of gradients of one dtype, each at most ``bucket_mb`` large or a single one.
 
         All gradients of a bucket are there before the first of their means is read.
         """
         bucket: list[Node] = []
         size, read = 0.0, len(order)
-        for node in means:
-            value = tensor(node)
-            more = value.numel() * value.element_size() / _MB
-            full = size + more > self.bucket_mb or order[source(node)] > read
-            if bucket and (full or value.dtype != tensor(bucket[0]).dtype):
+        sizes = [nbytes(node) / _MB for node in means]
+        largest = min(self.bucket_mb, max(1.0, sum(sizes) / 10))
+        for node, more in zip(means, sizes, strict=True):
+            full = size + more > largest or order[source(node)] > read
+            if bucket and full:
                 yield bucket
                 bucket, size, read = [], 0.0, len(order)
             bucket.append(node)

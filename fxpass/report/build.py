@@ -76,6 +76,8 @@ def _cards(run: DryRun, profile: MemoryProfile) -> Iterator[tuple[str, str]]:
     yield "of these inserted", f"{sum(bool(n.made_by) for n in after.nodes):,}"
     yield "bytes at the peak", f"{profile.peak.bytes:,}"
     yield "bytes per parameter", f"{profile.peak.bytes / max(run.parameters, 1):.2f}"
+    if run.ranks > 1:
+        yield f"bytes sent by each of {run.ranks} ranks", f"{sum(t.sent for t in run.transfers):,}"
     yield "captured on", f"{run.device}, {run.tensors} tensors"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..analysis.policy import VIEWS
 from ..analysis.view import INPUT, OUTPUT, GraphView, NodeView
 from ..analysis.why import why_float32
+from ..analysis.wire import Transfer
 from ..dry_run import CAPTURED, DryRun
 from .memory import PHASES, MemorySummary, summary
 
@@ -70,6 +71,8 @@ class Inspection:
     no_gradient: dict[str, str]  # parameter -> why it gets none
     escaping: dict[str, str]  # parameter -> why its gradient outlives the step
     memory: MemorySummary
+    ranks: int
+    transfers: tuple[Transfer, ...]  # collectives, in the order in which they start
 
 
 def inspection(target: str, run: DryRun) -> Inspection:
@@ -90,6 +93,8 @@ def inspection(target: str, run: DryRun) -> Inspection:
         record.unreached,
         record.escaping,
         summary(run.memory, run.memory_of),
+        run.ranks,
+        run.transfers,
     )
 
 

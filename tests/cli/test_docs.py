@@ -43,3 +43,10 @@ def test_the_picture_is_small() -> None:
     picture = PAGE.parent / "img" / "report.png"
     assert picture.stat().st_size < 300_000
     assert "img/report.png" in (PAGE.parents[1] / "README.md").read_text()
+
+
+def test_what_ranks_send_is_current(script: Any) -> None:
+    text = (PAGE.parent / "distributed.md").read_text()
+    block = script.BLOCK.search(text)
+    assert block is not None
+    assert script.updated_block(block) == block[0], "run python docs/update_cli.py"
