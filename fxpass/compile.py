@@ -6,7 +6,6 @@ stage; it holds no logic of theirs.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from .capture.breaks import Break, given_up
 from .capture.counters import counters_of as counters_of
 from .capture.events import Event, events_of
 from .capture.step import capture, to_step
+from .clock import current, stage
 from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.slots import Slot
@@ -162,8 +162,7 @@ class _Compilation:
         self.mode, self.record = mode, record
         self.names = checks.input_names(gm, record)
         self.events = events_of(record, self.names)
-        self.clock = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.clock = current()
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
@@ -175,7 +174,8 @@ class _Compilation:
         extras = Extras(scaler, self.watch, device)
         extras.bindings = [_binding(event) for event in events]
         not_inference = checks.still_requires_grad(self.record, self.state.last_break)
-        call = _torch.trace(self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference)
+        with stage("capture"):
+            call = _torch.trace(self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference)
         return CompiledStep(
             call,
             extras,
@@ -191,7 +191,6 @@ class _Compilation:
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
-        self._lap("capture")
         step = to_step(self.captured, gm, self.names)
         checks.check_reads(self.events, step.reads)
         check_patterns(step, self.options.keep_fp32)
@@ -199,10 +198,10 @@ class _Compilation:
         look = current_look()
         after_each = look.after_each if look else lambda name, step: None
         after_each("captured", step)
-        passes = run_pipeline(
-            step, passes_for(self.options), check=self.options.verify, after_each=after_each
-        )
-        self._lap("passes")
+        with stage("passes"):
+            passes = run_pipeline(
+                step, passes_for(self.options), check=self.options.verify, after_each=after_each
+            )
         if self.watch is not None and look is None:
             self._describe(self.watch, step)
         unreached = checks.unreached(self.events)
@@ -210,16 +209,16 @@ class _Compilation:
         after = to_text(step)
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
-            record = GraphRecord(before, after, passes, unreached, self.seconds, memory, escaping)
+            record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
             if look.keep:
                 self.state.graphs.append(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
-        self._lap("lower")
-        self.seconds["memory"] = lowered.seconds
-        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory, escaping)
+        record = GraphRecord(before, after, passes, unreached, self.clock.cpu, lowered.memory, escaping)
+        record.wall = self.clock.wall
         logs.log(record)
+        self.record.at_end.append(lambda: logs.log_times(record))
         self.state.graphs.append(record)
         return lowered.call
 
@@ -263,11 +262,6 @@ class _Compilation:
         """Parameters whose gradient does not outlive the step: all but those whose tensor the user keeps."""
         params = (item for event in self.events for item in event.all_params.items())
         return [slot for slot, node in params if node not in self.captured.in_place]
-
-    def _lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = now - self.clock
-        self.clock = now
 
 
 def _binding(event: Event) -> OptimizerBinding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from .. import _torch
 from ..analysis.memory import MemoryProfile, graph_profile
 from ..analysis.scratch import scratch
+from ..clock import stage
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
@@ -39,7 +39,6 @@ class Lowered:
 
     call: Callable[..., Any]
     memory: MemoryProfile
-    seconds: float  # spent on the memory profile
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
@@ -60,15 +59,14 @@ def _lower(
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
     if options.codegen == "eager":
-        start = time.perf_counter()
-        memory = _or_missing(lambda: graph_profile(step))
-        return Lowered(_eager(step), memory, time.perf_counter() - start)
+        with stage("profile"):
+            memory = _or_missing(lambda: graph_profile(step))
+        return Lowered(_eager(step), memory)
     on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
     joined = {} if on_cpu else _torch.combo_settings()
     settings = {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
-    start = time.perf_counter()
-    facts = facts_of(step)
-    facts.seconds = time.perf_counter() - start
+    with stage("profile"):
+        facts = facts_of(step)
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
         return _outlined(step, units, facts, inputs, settings, dry, check=options.verify)
@@ -113,10 +111,9 @@ def _outlined(
 def _lowered(
     facts: Facts, call: Callable[..., Any], compiled: list[_torch.Compiled], runs: Mapping[str, UnitRun]
 ) -> Lowered:
-    start = time.perf_counter()
-    memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))
-    seconds = facts.seconds + sum(c.seconds for c in compiled) + time.perf_counter() - start
-    return Lowered(call, memory, seconds)
+    with stage("profile"):
+        memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))
+    return Lowered(call, memory)
 
 
 def _or_missing(profile: Callable[[], MemoryProfile]) -> MemoryProfile:
