@@ -17,6 +17,7 @@ STAGES = {
     "inductor": "Inductor: decompositions, patterns, lowering",
     "scheduler": "what is fused with what",
     "codegen": "the kernels' source text",
+    "load": "the whole step from the cache of an earlier process",
     "compiler": "C++ and Triton compilers, loading what they made",
     "other": "",
 }
@@ -33,6 +34,7 @@ class GraphRecord:
     seconds: dict[str, float]  # CPU time of the compilation by stage, see STAGES
     memory: MemoryProfile  # what is alive when, and the peak
     escaping: dict[str, str] = field(default_factory=dict)  # leaf -> why its gradient outlives the step
+    cache: str = ""  # "hit": taken from the cache on disk; "miss": kept there; else why it is not kept
     wall: dict[str, float] = field(default_factory=dict)  # the same on the wall: waiting included
 
     def inserted(self) -> dict[str, int]:
@@ -55,6 +57,7 @@ class GraphRecord:
             if (cpu := self.seconds.get(name, 0.0)) >= 0.0005:
                 wall = self.wall.get(name, 0.0)
                 lines.append(f"{name:<10}{cpu:>8.2f}{cpu / total:>7.0%}{wall:>8.2f}  {what}".rstrip())
+        lines.append(f"{'cache':<10}{self.cache or 'off'}")
         return "\n".join([*lines, f"{'total':<10}{total:>8.2f}{1:>7.0%}{sum(self.wall.values()):>8.2f}"])
 
     def memory_summary(self) -> str:

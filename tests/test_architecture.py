@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"analysis", "passes"},
     "logs": {"record"},
     "look": {"analysis", "ir", "options"},
+    "keep": {"_torch", "analysis", "capture", "ir", "look", "lower", "options", "passes"},
     "compile": {
         *(
             "_torch",
@@ -31,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
             "clock",
             "errors",
             "ir",
+            "keep",
             "logs",
             "look",
             "lower",

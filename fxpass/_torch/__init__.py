@@ -40,3 +40,6 @@ from .record import StepEvent as StepEvent
 from .replicas import agree as agree
 from .replicas import share_first as share_first
 from .stored import store_results_of as store_results_of
+from .warm import Warm as Warm
+from .warm import cacheable as cacheable
+from .warm import step_code as step_code

@@ -39,6 +39,8 @@ class Lowered:
 
     call: Callable[..., Any]
     memory: MemoryProfile
+    parts: Sequence[Any] = ()  # what Inductor has compiled: the step, and what it calls
+    calls: Sequence[int] = ()  # which of the parts each call in the step runs
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
@@ -62,9 +64,7 @@ def _lower(
         with stage("profile"):
             memory = _or_missing(lambda: graph_profile(step))
         return Lowered(_eager(step), memory)
-    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-    joined = {} if on_cpu else _torch.combo_settings()
-    settings = {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
+    settings, on_cpu = settings_of(inputs, options, mode), _on_cpu(inputs)
     with stage("profile"):
         facts = facts_of(step)
     units = find_units(step) if options.outline == "auto" and on_cpu else []
@@ -73,7 +73,17 @@ def _lower(
     if not on_cpu:
         store_scalars(step)
     whole = _whole(step, inputs, settings, dry)
-    return _lowered(facts, whole.call, [whole], {})
+    return _lowered(facts, [whole], [], {})
+
+
+def settings_of(inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for a step."""
+    joined = {} if _on_cpu(inputs) else _torch.combo_settings()
+    return {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
 
 
 def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
@@ -104,16 +114,22 @@ def _outlined(
         call.name: UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
         for call, unit in zip(calls, units, strict=True)
     }
-    call = with_units(main.call, [compiled[unit.key].call for unit in units])
-    return _lowered(facts, call, [main, *compiled.values()], runs)
+    position = {key: number for number, key in enumerate(compiled, 1)}
+    return _lowered(facts, [main, *compiled.values()], [position[unit.key] for unit in units], runs)
 
 
 def _lowered(
-    facts: Facts, call: Callable[..., Any], compiled: list[_torch.Compiled], runs: Mapping[str, UnitRun]
+    facts: Facts, compiled: list[_torch.Compiled], calls: list[int], runs: Mapping[str, UnitRun]
 ) -> Lowered:
     with stage("profile"):
         memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))
-    return Lowered(call, memory)
+    parts = [c.call for c in compiled]
+    return Lowered(assembled(parts, calls), memory, parts, calls)
+
+
+def assembled(parts: Sequence[Callable[..., Any]], calls: Sequence[int]) -> Callable[..., Any]:
+    """The callable of a :class:`Lowered`, by what it is made of."""
+    return with_units(parts[0], [parts[number] for number in calls]) if calls else parts[0]
 
 
 def _or_missing(profile: Callable[[], MemoryProfile]) -> MemoryProfile:
