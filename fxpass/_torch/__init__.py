@@ -30,6 +30,7 @@ from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition
 from .inductor import inductor_settings as inductor_settings
 from .inductor import mode_settings as mode_settings
+from .kernels import few_programs as few_programs
 from .optimizer import get_value as get_value
 from .optimizer import has_own_step as has_own_step
 from .optimizer import has_step_hooks as has_step_hooks

@@ -27,6 +27,7 @@ from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch.fx import Graph, GraphModule
 
 from ..clock import stage
+from .kernels import few_programs
 from .schedule import ATTRIBUTE
 
 Call = Callable[[list[Any]], Any]
@@ -75,12 +76,16 @@ class StepCode(OutputCode):
         warm = _warm.get()
         assert warm is not None, "a step of fxpass is read by fxpass alone"
         with stage("load"), inductor_config.patch(dict(warm.settings)):
-            for part in self.parts:
-                found, _ = FxGraphCache.cache_hit_post_compile(part, {}, constants)
-                if found is None:
-                    raise RuntimeError("the files of a compiled graph are gone")
-                found.post_compile(example_inputs, constants, graph_kwargs)
+            with few_programs():
+                self._load(constants, example_inputs, graph_kwargs)
             self.call = warm.load(self.parts, self.kept)
+
+    def _load(self, constants: Any, example_inputs: Any, graph_kwargs: Any) -> None:
+        for part in self.parts:
+            found, _ = FxGraphCache.cache_hit_post_compile(part, {}, constants)
+            if found is None:
+                raise RuntimeError("the files of a compiled graph are gone")
+            found.post_compile(example_inputs, constants, graph_kwargs)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Nothing: each of the graphs has its own."""

@@ -45,7 +45,8 @@ class Lowered:
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
     """Compile ``step`` as ``options.codegen`` says."""
-    return _lower(step, inputs, options, mode, dry=False)
+    with _torch.few_programs():
+        return _lower(step, inputs, options, mode, dry=False)
 
 
 def profile_only(
