@@ -2,6 +2,7 @@
 
 from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
+from .aot import is_recorded as is_recorded
 from .aot import python_values as python_values
 from .aot import trace as trace
 from .combos import combo_settings as combo_settings
@@ -25,6 +26,7 @@ from .handles import innermost as innermost
 from .handles import is_argument as is_argument
 from .handles import source_name as source_name
 from .inductor import Compiled as Compiled
+from .inductor import bare_call as bare_call
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition

@@ -20,6 +20,7 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import FxpassError
 from ..ir.unbacked import Asker, asked_by
@@ -69,6 +70,14 @@ def trace(
     keeping = warm_start.kept(warm) if warm else contextlib.nullcontext()
     with own, _without_onednn(), asked_by(Asker.TRACE), keeping:
         return running(aot(gm, [*_as_traced(gm, inputs), *ours]))
+
+
+def is_recorded() -> bool:
+    """Whether what runs becomes nodes of a graph.
+
+    AOTAutograd runs a graph twice, and the first time only to see which inputs are written.
+    """
+    return get_proxy_mode() is not None
 
 
 @contextlib.contextmanager

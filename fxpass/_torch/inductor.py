@@ -24,6 +24,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.graph import GraphLowering
+from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -94,6 +95,12 @@ def compile_graph(
                 boxed_forward_device_index=None,
             )
         return Compiled(call, recorder.program or program_of(call))
+
+
+def bare_call(compiled: Any) -> Callable[..., Any]:
+    """A compiled graph without what torch does around each call (profiler ranges, autotuning's notes)."""
+    call = compiled.current_callable if isinstance(compiled, CompiledFxGraph) else None
+    return call if call is not None and all(d == "cpu" for d in compiled.device_types) else compiled
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from ..clock import stage
 
 # At most: a change in one kernel compiles its neighbours again. At least, where there are
 # enough workers for less: what sharing saves is saved with few.
-MOST, LEAST = 16, 4
+MOST, LEAST = 32, 4
 _SOURCE = re.compile(r'\s*((?:#include\s*[<"][^>"]+[>"]\s*)+)extern "C"\s+void\s+kernel\((.*)\Z', re.DOTALL)
 _TYPES = re.compile(r"(?:const )?[\w:]+\s*\*|(?:const )?int64_t")
 

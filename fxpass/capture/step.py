@@ -144,6 +144,9 @@ def _expand_optimizer(
             dict(zip(forms, state, strict=True)),
             settings,
         )
+        if not _torch.is_recorded():
+            optim.write_all(tensors)
+            return
         with annotate({"fxpass": "update"}):
             event.assumed = optim.run_step(optimizer, tensors, numbers, event.habits, event.where)
 

@@ -17,7 +17,7 @@ from ..options import Options
 from .half_gemm import replace_half_gemms
 from .outline import Unit, call_units, find_units, to_graph, with_units
 from .profile import Facts, UnitRun, facts_of, program_profile
-from .scalars import store_scalars
+from .scalars import gather_scalars, store_scalars
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
@@ -66,6 +66,8 @@ def _lower(
             memory = _or_missing(lambda: graph_profile(step))
         return Lowered(_eager(step), memory)
     settings, on_cpu = settings_of(inputs, options, mode), _on_cpu(inputs)
+    if on_cpu:
+        gather_scalars(step)
     with stage("profile"):
         facts = facts_of(step)
     units = find_units(step) if options.outline == "auto" and on_cpu else []
@@ -130,7 +132,10 @@ def _lowered(
 
 def assembled(parts: Sequence[Callable[..., Any]], calls: Sequence[int]) -> Callable[..., Any]:
     """The callable of a :class:`Lowered`, by what it is made of."""
-    return with_units(parts[0], [parts[number] for number in calls]) if calls else parts[0]
+    if not calls:
+        return parts[0]
+    units = [_torch.bare_call(part) for part in parts]
+    return with_units(parts[0], [units[number] for number in calls])
 
 
 def _or_missing(profile: Callable[[], MemoryProfile]) -> MemoryProfile:
