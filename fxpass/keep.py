@@ -24,6 +24,7 @@ from .ir.slots import Slot
 from .look import current_look
 from .lower.compile import Lowered, assembled, settings_of
 from .options import Options
+from .passes import passes_for
 from .passes.pipeline import PassRecord
 
 
@@ -89,10 +90,12 @@ def warm(
     settings = settings_of(inputs, options, mode)
     if current_look() is not None or options.codegen != "inductor":
         return None, ""
-    if options.data_parallel is not None or not _torch.cacheable(settings):
-        return None, "ranks agree on each compilation" if options.data_parallel else "cudagraphs are recorded"
+    if options.data_parallel is not None:
+        return None, "ranks agree on each compilation"
+    if reason := _torch.not_cached(settings):
+        return None, reason
     try:
-        text = "\n".join((_options(options), repr(mode), text_of(captured, names)))
+        text = "\n".join((_options(options), _passes(options), repr(mode), text_of(captured, names)))
     except Unspeakable as reason:
         return None, str(reason)
 
@@ -111,6 +114,13 @@ def as_code(lowered: Lowered, kept: Kept) -> Callable[..., Any]:
     except (pickle.PicklingError, AttributeError, TypeError):
         written = b""
     return _torch.step_code(lowered.call, lowered.parts, written)
+
+
+def _passes(options: Options) -> str:
+    passes = passes_for(options)
+    if foreign := next((p for p in passes if not type(p).__module__.startswith("fxpass.")), None):
+        raise Unspeakable(f"pass {foreign.name!r} is the user's: its code may change")
+    return repr(passes)
 
 
 def _options(options: Options) -> str:

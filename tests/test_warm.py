@@ -39,6 +39,12 @@ print(fxpass.of(compiled).graphs[0].cache, fxpass.of(compiled).stats().steps, we
 """
 
 
+@pytest.fixture(autouse=True)
+def _caching() -> Iterator[None]:
+    with functorch_config.patch(enable_autograd_cache=True):
+        yield
+
+
 NEW = 1 + random.Random().random()  # in no cache of an earlier run; a directory of its own costs more
 
 
@@ -216,13 +222,12 @@ def test_a_size_that_is_a_symbol_is_compiled_anew() -> None:
     assert "symbol" in _text(build) or "SymInt" in _text(build)
 
 
+def test_the_record_says_that_torchs_cache_is_off() -> None:
+    with functorch_config.patch(enable_autograd_cache=False):
+        assert _text(_step()) == "torch's caches are switched off"
+
+
 # ---------------------------------------------------------------- a hit
-
-
-@pytest.fixture
-def caching() -> Iterator[None]:
-    with functorch_config.patch(enable_autograd_cache=True):
-        yield
 
 
 def _train() -> tuple[MixedPrecision, Training, list[Any]]:
@@ -243,7 +248,6 @@ def _train() -> tuple[MixedPrecision, Training, list[Any]]:
     return mp, training, training.run(torch.compile(step, backend=mp))
 
 
-@pytest.mark.usefixtures("caching")
 def test_a_hit_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     first, one, expected = _train()
     for name in ("lower", "run_pipeline"):

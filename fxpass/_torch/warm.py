@@ -96,11 +96,15 @@ def step_code(call: Call, parts: Sequence[Any], kept: bytes) -> Call:
     return StepCode(list(parts), kept, call) if _warm.get() else call
 
 
-def cacheable(settings: Mapping[str, Any]) -> bool:
-    """Whether torch has what this needs, and the settings allow it."""
+def not_cached(settings: Mapping[str, Any]) -> str:
+    """Why no step is kept; empty if it is."""
     with inductor_config.patch(dict(settings)):
-        recorded = bool(inductor_config.triton.cudagraphs)  # whose tree belongs to the process
-    return hasattr(functorch_config, "bundled_autograd_cache") and not recorded
+        recorded, graphs = bool(inductor_config.triton.cudagraphs), inductor_config.fx_graph_cache
+    if not (graphs and autograd_cache.should_use_local_autograd_cache()):
+        return "torch's caches are switched off"
+    if not hasattr(functorch_config, "bundled_autograd_cache"):
+        return "this torch keeps no step"
+    return "cudagraphs are recorded in each process" if recorded else ""
 
 
 def compiler(compile_inner: Callable[..., Any]) -> Callable[..., Any]:
