@@ -104,6 +104,12 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def cpu_seconds() -> float:
+    """CPU seconds so far of this process and of those it has waited for."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
 def interleaved(
     calls: Mapping[str, Callable[[int], object]],
     rounds: int,

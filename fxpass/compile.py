@@ -6,7 +6,6 @@ stage; it holds no logic of theirs.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _torch, logs
+from . import _torch, keep, logs
 from .analysis.memory import MemoryProfile
 from .analysis.modules import check_patterns
 from .capture import assumptions, checks, counters, optim_state
@@ -25,6 +24,7 @@ from .capture.breaks import Break, given_up
 from .capture.counters import counters_of as counters_of
 from .capture.events import Event, events_of
 from .capture.step import capture, to_step
+from .clock import current, stage
 from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.slots import Slot
@@ -163,8 +163,8 @@ class _Compilation:
         self.mode, self.record = mode, record
         self.names = checks.input_names(gm, record)
         self.events = events_of(record, self.names)
-        self.clock = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.clock = current()
+        self.found: keep.Kept | None = None  # in the cache on disk
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
@@ -175,8 +175,16 @@ class _Compilation:
         self.watch = Watch.make(len(self.captured.gradients), device) if events else None
         extras = Extras(scaler, self.watch, device)
         extras.bindings = [_binding(event) for event in events]
+        warm, self.cache = self._warm(extras.tensors())
         not_inference = checks.still_requires_grad(self.record, self.state.last_break)
-        call = _torch.trace(self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference)
+        with stage("capture"):
+            call = _torch.trace(
+                self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference, warm
+            )
+        if self.found is not None:
+            self._describe(self.found.columns)
+            self._note(self.found, "hit")
+            keep.warn_again(self.found.warned)
         return CompiledStep(
             call,
             extras,
@@ -192,7 +200,7 @@ class _Compilation:
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
-        self._lap("capture")
+        self.found = None
         step = to_step(self.captured, gm, self.names)
         checks.check_reads(self.events, step.reads)
         check_patterns(step, self.options.keep_fp32)
@@ -200,29 +208,58 @@ class _Compilation:
         look = current_look()
         after_each = look.after_each if look else lambda name, step: None
         after_each("captured", step)
-        passes = run_pipeline(
-            step, passes_for(self.options), check=self.options.verify, after_each=after_each
-        )
-        self._lap("passes")
-        if self.watch is not None and look is None:
-            self._describe(self.watch, step)
+        warned: list[Any] = []
+        with stage("passes"), keep.listening(warned):
+            passes = run_pipeline(
+                step, passes_for(self.options), check=self.options.verify, after_each=after_each
+            )
+        columns = keep.columns_of(step)
+        if look is None:
+            self._describe(columns)
         unreached = checks.unreached(self.events)
         escaping = checks.escaping(self.record, self.names, self.captured.kept)
         after = to_text(step)
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
-            record = GraphRecord(before, after, passes, unreached, self.seconds, memory, escaping)
+            record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
             if look.keep:
                 self.state.graphs.append(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
-        self._lap("lower")
-        self.seconds["memory"] = lowered.seconds
-        record = GraphRecord(before, after, passes, unreached, self.seconds, lowered.memory, escaping)
+        comparisons = [event.assumed.comparisons if event.assumed else () for event in self.events]
+        kept = keep.Kept(before, after, passes, lowered.memory, columns, comparisons, lowered.calls, warned)
+        self._note(kept, self.cache)
+        return keep.as_code(lowered, kept)
+
+    def _warm(self, extras: list[Any]) -> tuple[_torch.Warm | None, str]:
+        """How the step is looked up in the cache on disk, or None; and what became of it so far."""
+        if self.record.replicas:
+            return None, "ranks agree on each compilation"
+        return keep.warm(
+            self.options, self.mode, self.captured, self.names, [*self.inputs, *extras], self._restore
+        )
+
+    def _restore(self, kept: keep.Kept) -> None:
+        """A step that an earlier process has compiled is about to be taken, unless torch finds a fault in it.
+
+        Raises:
+            OptimizerError: what it took for granted of its optimizers does not hold.
+        """
+        for event, comparisons in zip(self.events, kept.comparisons, strict=True):
+            event.assumed = assumptions.Assumptions.again(event.optimizer(), event.where, comparisons)
+        self.found = kept
+
+    def _note(self, kept: keep.Kept, cache: str) -> None:
+        unreached = checks.unreached(self.events)
+        escaping = checks.escaping(self.record, self.names, self.captured.kept)
+        record = GraphRecord(
+            kept.before, kept.after, kept.passes, unreached, self.clock.cpu, kept.memory, escaping
+        )
+        record.wall, record.cache = self.clock.wall, cache
         logs.log(record)
+        self.record.at_end.append(lambda: logs.log_times(record))
         self.state.graphs.append(record)
-        return lowered.call
 
     def _agree(self, step: StepGraph) -> None:
         """Reduce what the other ranks reduce.
@@ -240,20 +277,17 @@ class _Compilation:
                 raise CaptureError(found, where=self.record.backwards[0], hint=hint)
         self.state.plans.append(plan)
 
-    def _describe(self, watch: Watch, step: StepGraph) -> None:
+    def _describe(self, columns: Sequence[keep.KeptColumn]) -> None:
         """Say what the columns of the watch table are."""
+        if self.watch is None:
+            return
         weights = {
-            step.slots[slot]: weakref.ref(slot.read(event.optimizer()))
-            for event in self.events
-            for slot in event.params
+            slot: weakref.ref(slot.read(event.optimizer())) for event in self.events for slot in event.params
         }
-        for mark in step.checked:
-            gradient = step.gradients[mark]
-            name = gradient.name if gradient.leaf is None else step.names[gradient.leaf]
-            weight = (lambda: None) if gradient.leaf is None else weights.get(gradient.leaf, lambda: None)
-            sampled = step.tiny[mark][2] if mark in step.tiny else 0
-            watch.columns.append(Column(name, sampled, weight))
-        self.state.watches.append(watch)
+        for column in columns:
+            weight = weights.get(column.slot, lambda: None) if column.slot else lambda: None
+            self.watch.columns.append(Column(column.name, column.sampled, weight))
+        self.state.watches.append(self.watch)
 
     def _cleared(self) -> list[Slot]:
         """Parameters whose ``.grad`` is None after the step."""
@@ -264,11 +298,6 @@ class _Compilation:
         """Parameters whose gradient does not outlive the step: all but those whose tensor the user keeps."""
         params = (item for event in self.events for item in event.all_params.items())
         return [slot for slot, node in params if node not in self.captured.in_place]
-
-    def _lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = now - self.clock
-        self.clock = now
 
 
 def _binding(event: Event) -> OptimizerBinding:

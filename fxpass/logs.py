@@ -1,6 +1,6 @@
-"""``FXPASS_LOGS=graphs,passes,memory``: what was compiled, on stderr, for people without a handle.
+"""``FXPASS_LOGS=graphs,passes,memory,timing``: what was compiled, on stderr, for people without a handle.
 
-Three loggers below ``fxpass``, at level INFO. The variable switches them on;
+Loggers below ``fxpass``, at level INFO. The variable switches them on;
 Python's own ``logging`` does as well.
 """
 
@@ -19,14 +19,15 @@ KINDS: dict[str, Callable[[GraphRecord], str]] = {
     "passes": lambda record: record.summary(),
     "memory": lambda record: record.memory_summary(),
 }
+TIMING = "timing"  # told when the compilation is over
 
 
 def set_up(text: str | None = None) -> None:
     """Switch on what ``text`` (default: the environment variable) names, with a handler to stderr."""
     wanted = os.environ.get(VARIABLE, "") if text is None else text
     for kind in filter(None, (part.strip().lstrip("+") for part in wanted.split(","))):
-        if kind not in KINDS:
-            warnings.warn(f"{VARIABLE}: {kind!r} is none of {', '.join(KINDS)}", stacklevel=2)
+        if kind not in (*KINDS, TIMING):
+            warnings.warn(f"{VARIABLE}: {kind!r} is none of {', '.join((*KINDS, TIMING))}", stacklevel=2)
             continue
         logger = logging.getLogger(f"fxpass.{kind}")
         logger.setLevel(logging.INFO)
@@ -40,9 +41,18 @@ def set_up(text: str | None = None) -> None:
 def log(record: GraphRecord) -> None:
     """Tell the loggers that listen about one compiled graph."""
     for kind, text in KINDS.items():
-        logger = logging.getLogger(f"fxpass.{kind}")
-        if logger.isEnabledFor(logging.INFO):
-            logger.info("%s", text(record))
+        _tell(kind, record, text)
+
+
+def log_times(record: GraphRecord) -> None:
+    """Tell the loggers that listen where the time of a compilation went, which is over now."""
+    _tell(TIMING, record, GraphRecord.times)
+
+
+def _tell(kind: str, record: GraphRecord, text: Callable[[GraphRecord], str]) -> None:
+    logger = logging.getLogger(f"fxpass.{kind}")
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", text(record))
 
 
 set_up()

@@ -8,6 +8,20 @@ from html import escape
 from .analysis.memory import MemoryProfile
 from .passes.pipeline import PassRecord
 
+STAGES = {
+    "dynamo": "Dynamo traces Python, guards on it",
+    "capture": "AOTAutograd: one graph of ATen operators, the optimizer's own Python in it",
+    "passes": "fxpass rewrites the graph",
+    "verify": "and checks it after each pass",
+    "profile": "who lives when: the memory profile",
+    "inductor": "Inductor: decompositions, patterns, lowering",
+    "scheduler": "what is fused with what",
+    "codegen": "the kernels' source text",
+    "load": "the whole step from the cache of an earlier process",
+    "compiler": "C++ and Triton compilers, loading what they made",
+    "other": "",
+}
+
 
 @dataclass
 class GraphRecord:
@@ -17,9 +31,11 @@ class GraphRecord:
     after: str
     passes: list[PassRecord]
     unreached: dict[str, str]  # trainable parameter -> why it is not updated
-    seconds: dict[str, float]  # compile time by stage: capture, passes, lower
+    seconds: dict[str, float]  # CPU time of the compilation by stage, see STAGES
     memory: MemoryProfile  # what is alive when, and the peak
     escaping: dict[str, str] = field(default_factory=dict)  # leaf -> why its gradient outlives the step
+    cache: str = ""  # "hit": taken from the cache on disk; "miss": kept there; else why it is not kept
+    wall: dict[str, float] = field(default_factory=dict)  # the same on the wall: waiting included
 
     def inserted(self) -> dict[str, int]:
         """Nodes inserted per pass."""
@@ -32,6 +48,17 @@ class GraphRecord:
             declined = "; ".join(p.declined)
             lines.append(f"{p.name:<14}{p.inserted:>9}{p.removed:>9}{p.seconds:>9.3f}  {declined}".rstrip())
         return "\n".join(lines)
+
+    def times(self) -> str:
+        """CPU and wall seconds of each stage, and its share."""
+        total = sum(self.seconds.values()) or 1.0
+        lines = [f"{'stage':<10}{'cpu s':>8}{'share':>7}{'wall s':>8}"]
+        for name, what in STAGES.items():
+            if (cpu := self.seconds.get(name, 0.0)) >= 0.0005:
+                wall = self.wall.get(name, 0.0)
+                lines.append(f"{name:<10}{cpu:>8.2f}{cpu / total:>7.0%}{wall:>8.2f}  {what}".rstrip())
+        lines.append(f"{'cache':<10}{self.cache or 'off'}")
+        return "\n".join([*lines, f"{'total':<10}{total:>8.2f}{1:>7.0%}{sum(self.wall.values()):>8.2f}"])
 
     def memory_summary(self) -> str:
         """The peak, the peak of each phase, and the five largest tensors at the peak."""

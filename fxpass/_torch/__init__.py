@@ -2,6 +2,7 @@
 
 from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
+from .aot import is_recorded as is_recorded
 from .aot import python_values as python_values
 from .aot import trace as trace
 from .combos import combo_settings as combo_settings
@@ -25,11 +26,13 @@ from .handles import innermost as innermost
 from .handles import is_argument as is_argument
 from .handles import source_name as source_name
 from .inductor import Compiled as Compiled
+from .inductor import bare_call as bare_call
 from .inductor import compile_graph as compile_graph
 from .inductor import cpu_has_half_gemm as cpu_has_half_gemm
 from .inductor import decomposition as decomposition
 from .inductor import inductor_settings as inductor_settings
 from .inductor import mode_settings as mode_settings
+from .kernels import few_programs as few_programs
 from .optimizer import get_value as get_value
 from .optimizer import has_own_step as has_own_step
 from .optimizer import has_step_hooks as has_step_hooks
@@ -41,3 +44,6 @@ from .record import StepEvent as StepEvent
 from .replicas import agree as agree
 from .replicas import share_first as share_first
 from .stored import store_results_of as store_results_of
+from .warm import Warm as Warm
+from .warm import not_cached as not_cached
+from .warm import step_code as step_code

@@ -20,9 +20,11 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import FxpassError
 from ..ir.unbacked import Asker, asked_by
+from . import warm as warm_start
 from .eager import running
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -34,10 +36,12 @@ def trace(
     extras: Sequence[torch.Tensor],
     compiler: Compiler,
     not_inference: FxpassError,
+    warm: warm_start.Warm | None = None,
 ) -> Callable[..., Any]:
     """Hand ``gm`` as one ATen inference graph to ``compiler``; returns a callable of flat inputs.
 
     ``inputs`` are Dynamo's; ``extras`` are ours, with shapes that never change.
+    With ``warm``, a step that another process has compiled is taken from torch's cache, and kept there.
 
     Raises:
         FxpassError: ``not_inference``, if something still requires grad when the graph is over.
@@ -50,9 +54,10 @@ def trace(
         with asked_by(Asker.USER):
             return compiler(*args)
 
+    as_compiler = warm_start.compiler if warm else lambda function: function
     aot = aot_autograd(
-        fw_compiler=refuse,
-        inference_compiler=compile_inner,
+        fw_compiler=as_compiler(refuse),
+        inference_compiler=as_compiler(compile_inner),
         decompositions={},
         keep_inference_input_mutations=True,
     )
@@ -62,8 +67,17 @@ def trace(
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     ours = [fake_mode.from_tensor(x, static_shapes=True) for x in extras]
     # oneDNN's whole-layer RNN has no workspace for backward unless autograd itself runs it
-    with own, _without_onednn(), asked_by(Asker.TRACE):
+    keeping = warm_start.kept(warm) if warm else contextlib.nullcontext()
+    with own, _without_onednn(), asked_by(Asker.TRACE), keeping:
         return running(aot(gm, [*_as_traced(gm, inputs), *ours]))
+
+
+def is_recorded() -> bool:
+    """Whether what runs becomes nodes of a graph.
+
+    AOTAutograd runs a graph twice, and the first time only to see which inputs are written.
+    """
+    return get_proxy_mode() is not None
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from torch._dynamo.variables import builder, builtin, functions, optimizer, tens
 from torch._dynamo.variables.constant import ConstantVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from ..clock import timing
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
 from . import (
@@ -114,9 +115,11 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         outer = current_record()
         local.record = record
         try:
-            with _patches(), _limits(args[0]):
+            with timing("dynamo"), _patches(), _limits(args[0]):
                 result = _numbers_first(record, original, *args, **kwargs)
             _trains[args[0]] = bool(record.events)
+            for call in record.at_end:
+                call()
             return result
         except Exception as error:
             ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)

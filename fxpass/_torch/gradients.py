@@ -20,7 +20,7 @@ from torch._functorch import eager_transforms
 from torch.fx import Graph, Node
 
 from ..errors import CaptureError
-from ..ir.marks import GRAD, SEED, mark
+from ..ir.marks import GRAD, SEED, TEXT, mark
 from .dynamo_common import user_line
 from .record import FrameRecord
 
@@ -95,6 +95,7 @@ def with_forward_links(function: Callable[..., Any]) -> Callable[..., Any]:
         setup_stacktrace_preservation_hooks([t.grad_fn for t in _flat(outputs) if t.grad_fn is not None])
         return function(outputs, inputs, *args, **kwargs)
 
+    vars(linked)[TEXT] = f"linked {_name(function)}"
     return linked
 
 
@@ -113,7 +114,12 @@ def with_marks(function: Callable[..., Any], seed: int, grad: int) -> Callable[.
         with torch.no_grad() if wrapped else contextlib.nullcontext():
             return tuple(g if g is None else mark(g, GRAD, n) for n, g in enumerate(found, grad))
 
+    vars(marked)[TEXT] = f"marked {_name(function)} {seed} {grad}"
     return marked
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return vars(function).get(TEXT) or f"{function.__module__}.{function.__qualname__}"
 
 
 def _nodes(argument: Any) -> list[Node]:

@@ -18,10 +18,13 @@ from unittest import mock
 import torch
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -29,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
+from ..clock import charged, stage
 from ..ir.unbacked import Asker, asked_by, keep_sizes
 from .combos import join_neighbours
 from .fusion import keep_order
@@ -45,7 +49,6 @@ class Compiled:
 
     call: Callable[..., Any]
     program: Program
-    seconds: float  # spent on reading the program
 
 
 def compile_graph(
@@ -70,6 +73,7 @@ def compile_graph(
         join_neighbours(),
         keep_old_values(),
         no_output_strides(),
+        stages(),
         asked_by(Asker.TRACE),
         inductor_config.patch(fx_graph_cache=False) if dry else contextlib.nullcontext(),
         V.set_fake_mode(fake_mode) if fake_mode else contextlib.nullcontext(),
@@ -90,7 +94,27 @@ def compile_graph(
                 is_inference=True,
                 boxed_forward_device_index=None,
             )
-        return Compiled(call, recorder.program or program_of(call), recorder.seconds)
+        return Compiled(call, recorder.program or program_of(call))
+
+
+def bare_call(compiled: Any) -> Callable[..., Any]:
+    """A compiled graph without what torch does around each call (profiler ranges, autotuning's notes)."""
+    call = compiled.current_callable if isinstance(compiled, CompiledFxGraph) else None
+    return call if call is not None and all(d == "cpu" for d in compiled.device_types) else compiled
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[None]:
+    """Charge Inductor's time to its stages."""
+    parts = (
+        (GraphLowering, "_update_scheduler", "scheduler"),
+        (GraphLowering, "_compile_to_module", "codegen"),
+        (PyCodeCache, "load_by_key_path", "compiler"),
+    )
+    with stage("inductor"), contextlib.ExitStack() as stack:
+        for owner, name, part in parts:
+            stack.enter_context(mock.patch.object(owner, name, charged(part, getattr(owner, name))))
+        yield
 
 
 def _plain_messages(gm: GraphModule) -> None:

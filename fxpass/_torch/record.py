@@ -101,6 +101,7 @@ class FrameRecord:
     given_up: bool = False  # Dynamo leaves the frame uncompiled
     will_train: bool = False  # a backward comes in what Dynamo leaves uncompiled
     error: FxpassError | None = None
+    at_end: list[Callable[[], None]] = field(default_factory=list)  # calls for when the frame is compiled
 
     def number_of(self, optimizer: torch.optim.Optimizer) -> int:
         """What tells the optimizer from the others of the frame, in slots."""

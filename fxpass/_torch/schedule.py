@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
+
+from ..clock import stage
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,
@@ -118,7 +119,6 @@ class _Recorder:
     scratch: Scratch
     dry: bool
     program: Program | None = None
-    seconds: float = 0.0  # spent on reading the program
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("fxpass_recorder", default=None)
@@ -146,9 +146,8 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
             _find_readers()
         passes(self, is_inference)
         if recorder.program is None:
-            start = time.perf_counter()
-            recorder.program = _read_or_not(self, recorder.scratch)
-            recorder.seconds = time.perf_counter() - start
+            with stage("profile"):
+                recorder.program = _read_or_not(self, recorder.scratch)
             if recorder.dry:
                 raise _Recorded
 

@@ -45,6 +45,13 @@ class Assumptions:
         constants = [c for c in _constants(optimizer, number) if c.setting not in counters]
         return cls(where, type(optimizer).step, tuple(dict.fromkeys((*comparisons, *constants))))
 
+    @classmethod
+    def again(cls, optimizer: Optimizer, where: str, comparisons: Sequence[Comparison]) -> Assumptions:
+        """What an earlier process took for granted of an equal optimizer; they must hold of this one."""
+        found = cls(where, type(optimizer).step, tuple(comparisons))
+        found.check(optimizer)
+        return found
+
     def check(self, optimizer: Optimizer) -> None:
         """Raise :class:`OptimizerError` if one of them no longer holds; runs at every call."""
         for rule in EVERY_CALL:

@@ -68,6 +68,13 @@ class Traced:
     comparisons: list[Comparison] = field(default_factory=list)
 
 
+def write_all(tensors: StepTensors) -> None:
+    """Write what a step writes, of no value: where nobody looks but at what is written."""
+    with torch.no_grad():
+        for old in tensors.written.values():
+            old.zero_()
+
+
 def run_step(
     optimizer: Optimizer,
     tensors: StepTensors,

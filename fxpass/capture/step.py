@@ -19,7 +19,7 @@ from torch.fx.traceback import annotate
 from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Gradient, Read, Role, StepGraph, Update
-from ..ir.marks import GRAD, READ, UPDATE
+from ..ir.marks import GRAD, READ, TEXT, UPDATE
 from ..ir.slots import Slot
 from . import gradients, optim, optim_state, phases
 from .casts import spell_out_casts
@@ -144,9 +144,13 @@ def _expand_optimizer(
             dict(zip(forms, state, strict=True)),
             settings,
         )
+        if not _torch.is_recorded():
+            optim.write_all(tensors)
+            return
         with annotate({"fxpass": "update"}):
             event.assumed = optim.run_step(optimizer, tensors, numbers, event.habits, event.where)
 
+    vars(expand)[TEXT] = f"step {index} {sorted(numbers.values())}"
     node.target = expand
     node.meta[UPDATES] = [*params, *state]
     device = next(iter(event.params)).read(optimizer).device

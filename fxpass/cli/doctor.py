@@ -49,7 +49,7 @@ def doctor(codegen: str, as_json: bool, traceback: bool) -> int:
     \b
     Example: fxpass doctor
     """
-    checks = (*_versions(), *_tools(), _step(codegen))
+    checks = (*_versions(), *_tools(), *_step(codegen))
     result = DoctorResult(checks[-1].ok, checks)
     if as_json:
         print_json("doctor", result)
@@ -94,8 +94,8 @@ def _tools() -> list[Check]:
     return checks
 
 
-def _step(codegen: str) -> Check:
-    """Compile a tiny step and run it."""
+def _step(codegen: str) -> tuple[Check, ...]:
+    """Compile a tiny step and run it; what the cache on disk had of it comes first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.nn.Parameter(torch.ones(2, device=device))
     optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -105,11 +105,21 @@ def _step(codegen: str) -> Check:
         optimizer.step()
         optimizer.zero_grad()
 
+    backend = MixedPrecision(codegen=codegen)
     try:
-        torch.compile(step, backend=MixedPrecision(codegen=codegen))()
+        torch.compile(step, backend=backend)()
     except Exception as error:
         text = str(error).strip().splitlines()
-        return Check("a step", False, text[0] if text else type(error).__name__, "report it with this output")
+        found = text[0] if text else type(error).__name__
+        return (Check("a step", False, found, "report it with this output"),)
     if torch.equal(weight.detach().cpu(), torch.full((2,), 0.5)):
-        return Check("a step", True, f"captured whole, compiled ({codegen}), right result", "")
-    return Check("a step", False, "it ran with a wrong result", "report it with this output")
+        whole = Check("a step", True, f"captured whole, compiled ({codegen}), right result", "")
+        return _cache(backend.graphs[0].cache), whole
+    return (Check("a step", False, "it ran with a wrong result", "report it with this output"),)
+
+
+def _cache(state: str) -> Check:
+    """What the cache on disk had of a step."""
+    known = {"hit": "the step was taken from disk", "miss": "the step is kept for the next process"}
+    found = known.get(state, f"steps are not kept: {state or 'nothing to compile'}")
+    return Check("cache", state in known, found, "")

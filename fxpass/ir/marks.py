@@ -20,6 +20,8 @@ READ = "read"  # gradient number `index` as an optimizer reads it
 OLD = "old"  # the value that UPDATE `index` replaces, as the optimizer finds it
 UPDATE = "update"  # new value number `index` written by an optimizer; carries the OLD one
 
+TEXT = "fxpass_text"  # attribute of a function of ours in Dynamo's graph: what it does, in words
+
 _SCHEMA = "(Tensor x, str role, int index, Tensor? old=None) -> Tensor"
 
 

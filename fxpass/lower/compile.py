@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,13 @@ import torch
 from .. import _torch
 from ..analysis.memory import MemoryProfile, graph_profile
 from ..analysis.scratch import scratch
+from ..clock import stage
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
 from .outline import Unit, call_units, find_units, to_graph, with_units
 from .profile import Facts, UnitRun, facts_of, program_profile
-from .scalars import store_scalars
+from .scalars import gather_scalars, store_scalars
 
 DEFAULTS = {
     # The passes order the graph. Inductor's reordering picks the best of three whole-graph
@@ -39,12 +39,14 @@ class Lowered:
 
     call: Callable[..., Any]
     memory: MemoryProfile
-    seconds: float  # spent on the memory profile
+    parts: Sequence[Any] = ()  # what Inductor has compiled: the step, and what it calls
+    calls: Sequence[int] = ()  # which of the parts each call in the step runs
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
     """Compile ``step`` as ``options.codegen`` says."""
-    return _lower(step, inputs, options, mode, dry=False)
+    with _torch.few_programs():
+        return _lower(step, inputs, options, mode, dry=False)
 
 
 def profile_only(
@@ -60,22 +62,31 @@ def _lower(
     if not _torch.cpu_has_half_gemm():
         replace_half_gemms(step)
     if options.codegen == "eager":
-        start = time.perf_counter()
-        memory = _or_missing(lambda: graph_profile(step))
-        return Lowered(_eager(step), memory, time.perf_counter() - start)
-    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
-    joined = {} if on_cpu else _torch.combo_settings()
-    settings = {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
-    start = time.perf_counter()
-    facts = facts_of(step)
-    facts.seconds = time.perf_counter() - start
+        with stage("profile"):
+            memory = _or_missing(lambda: graph_profile(step))
+        return Lowered(_eager(step), memory)
+    settings, on_cpu = settings_of(inputs, options, mode), _on_cpu(inputs)
+    if on_cpu:
+        gather_scalars(step)
+    with stage("profile"):
+        facts = facts_of(step)
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
         return _outlined(step, units, facts, inputs, settings, dry, check=options.verify)
     if not on_cpu:
         store_scalars(step)
     whole = _whole(step, inputs, settings, dry)
-    return _lowered(facts, whole.call, [whole], {})
+    return _lowered(facts, [whole], [], {})
+
+
+def settings_of(inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for a step."""
+    joined = {} if _on_cpu(inputs) else _torch.combo_settings()
+    return {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
 
 
 def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
@@ -106,17 +117,25 @@ def _outlined(
         call.name: UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
         for call, unit in zip(calls, units, strict=True)
     }
-    call = with_units(main.call, [compiled[unit.key].call for unit in units])
-    return _lowered(facts, call, [main, *compiled.values()], runs)
+    position = {key: number for number, key in enumerate(compiled, 1)}
+    return _lowered(facts, [main, *compiled.values()], [position[unit.key] for unit in units], runs)
 
 
 def _lowered(
-    facts: Facts, call: Callable[..., Any], compiled: list[_torch.Compiled], runs: Mapping[str, UnitRun]
+    facts: Facts, compiled: list[_torch.Compiled], calls: list[int], runs: Mapping[str, UnitRun]
 ) -> Lowered:
-    start = time.perf_counter()
-    memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))
-    seconds = facts.seconds + sum(c.seconds for c in compiled) + time.perf_counter() - start
-    return Lowered(call, memory, seconds)
+    with stage("profile"):
+        memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))
+    parts = [c.call for c in compiled]
+    return Lowered(assembled(parts, calls), memory, parts, calls)
+
+
+def assembled(parts: Sequence[Callable[..., Any]], calls: Sequence[int]) -> Callable[..., Any]:
+    """The callable of a :class:`Lowered`, by what it is made of."""
+    if not calls:
+        return parts[0]
+    units = [_torch.bare_call(part) for part in parts]
+    return with_units(parts[0], [units[number] for number in calls])
 
 
 def _or_missing(profile: Callable[[], MemoryProfile]) -> MemoryProfile:

@@ -43,7 +43,6 @@ class Facts:
     parameters: int
     symbols: Symbols
     rounding: int
-    seconds: float = 0.0  # spent on finding them
     missing: str = ""  # why there are none
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..clock import stage
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph
 from ..ir.verify import verify
@@ -14,7 +15,7 @@ from .base import GraphPass
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: nodes it inserted and removed, what it declined, seconds it took."""
+    """What one pass did: nodes it inserted and removed, what it declined, CPU seconds it took."""
 
     name: str
     inserted: int
@@ -37,12 +38,13 @@ def run_pipeline(
     """
     records = []
     for graph_pass in passes:
-        start = time.perf_counter()
+        start = time.process_time()
         edit = Editor(step, graph_pass.name)
         graph_pass.run(step, edit)
+        seconds = time.process_time() - start
         if check:
-            verify(step, graph_pass.name, edit.touched)
-        seconds = time.perf_counter() - start
+            with stage("verify"):
+                verify(step, graph_pass.name, edit.touched)
         records.append(
             PassRecord(graph_pass.name, len(edit.inserted), edit.removed, tuple(edit.declined), seconds)
         )

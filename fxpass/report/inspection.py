@@ -15,6 +15,9 @@ from .memory import PHASES, MemorySummary, summary
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+STAGES = ("dynamo", "capture", "passes", "verify")  # of a dry run
+
+
 @dataclass(frozen=True)
 class Region:
     """Nodes of one phase: as captured, after the passes, and how many of these a pass inserted."""
@@ -63,7 +66,7 @@ class Inspection:
     device: str
     notes: tuple[str, ...]
     parameters: int  # elements of the parameters that are updated
-    seconds: dict[str, float]  # capture, passes
+    seconds: dict[str, float]  # of the CPU, by stage
     regions: tuple[Region, ...]
     passes: tuple[PassRow, ...]
     precision: tuple[Precision, ...]
@@ -85,7 +88,7 @@ def inspection(target: str, run: DryRun) -> Inspection:
         run.device,
         run.notes,
         run.parameters,
-        {name: round(value, 3) for name, value in record.seconds.items()},
+        {name: round(record.seconds.get(name, 0.0), 3) for name in STAGES},
         _regions(before, after),
         tuple(PassRow(p.name, p.inserted, p.removed, round(p.seconds, 3), p.declined) for p in record.passes),
         _precision(after),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..ir.slots import Slot
 from .report import Reporter
 from .state import ScalerState
 from .watch import REPORT, WATCH, Watch
+
+_NOTHING: dict[str, Any] = {}
 
 
 @dataclass
@@ -42,7 +45,29 @@ class OptimizerBinding:
         return tensors + self._numbers(optimizer, device)
 
     def _read(self, optimizer: Optimizer) -> list[Any]:
-        return [slot.read(optimizer) for slot in self.state]
+        """The state, by parameter: hashing a tensor is what costs here."""
+        if self._places is None:
+            return [slot.read(optimizer) for slot in self.state]
+        groups, state, found = optimizer.param_groups, optimizer.state, []
+        for group, position, keys in self._places:
+            own = state.get(groups[group]["params"][position], _NOTHING)
+            found += [own.get(key) for key in keys]
+        return found
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int, list[str]]] | None:
+        """The slots of the state, in order, as group and position of a parameter with its keys.
+
+        None if there are others among them.
+        """
+        places: list[tuple[int, int, list[str]]] = []
+        for slot in self.state:
+            if slot.group is None or slot.position is None or slot.key is None or slot.item is not None:
+                return None
+            if not places or places[-1][:2] != (slot.group, slot.position):
+                places.append((slot.group, slot.position, []))
+            places[-1][2].append(slot.key)
+        return places
 
     def _numbers(self, optimizer: Optimizer, device: torch.device) -> list[Tensor]:
         if not self.numbers:
@@ -122,12 +147,21 @@ class CompiledStep:
         for slot, grad in zip(self.kept, grads, strict=True):
             param = self._read(slot)
             param.grad = _as_eager(grad, param)
-        for slot in self.cleared:
-            self._read(slot).grad = None
-        for slot in self.dropped:
-            param = self._read(slot)
-            if param.grad is not None:
-                param.grad = None
+        for optimizer, places in self._without:
+            groups = optimizer().param_groups
+            for group, position in places:
+                param = groups[group]["params"][position]
+                if param.grad is not None:
+                    param.grad = None
+
+    @cached_property
+    def _without(self) -> list[tuple[Callable[[], Optimizer], list[tuple[Any, Any]]]]:
+        """The parameters whose ``.grad`` ends as None: group and position, by optimizer."""
+        slots = dict.fromkeys([*self.cleared, *self.dropped])
+        return [
+            (optimizer, [(s.group, s.position) for s in slots if s.optimizer == number])
+            for number, optimizer in self.optimizers.items()
+        ]
 
     def _read(self, slot: Slot) -> Tensor:
         return slot.read(self.optimizers[slot.optimizer]())
