@@ -315,7 +315,7 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         record = record_of_frame()
         if (error := unsettled(record)) is not None:
             raise fail(error)
-        refuse_written(record)
+        refuse_written(record, self.graph)
         texts.refuse_unseen_changes(record, self.side_effects)
         refuse_two_ways(record, self.side_effects)
         if getattr(reason, "graph_break", True) and reason.user_stack:
