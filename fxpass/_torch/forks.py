@@ -310,9 +310,16 @@ def _caught(tx: Any, inst: Any) -> bool:
 
 def _is_with(tx: Any, target: Any) -> bool:
     """Whether what leaves a block goes to a context manager of torch's, which catches nothing."""
-    contexts = [block.with_context for block in tx.block_stack if block.target is target]
+    contexts = [_context(tx, block) for block in tx.block_stack if block.target is target]
     ours, others = ctx_manager.ContextWrappingVariable, ctx_manager.GenericContextWrappingVariable
     return bool(contexts) and all(isinstance(c, ours) and not isinstance(c, others) for c in contexts)
+
+
+def _context(tx: Any, block: Any) -> Any:
+    """The context manager of a block: a called function's block knows it by what leaves it alone."""
+    below = tx.stack[block.stack_index - 1] if block.stack_index else None
+    left = below.ctx if isinstance(below, ctx_manager.WithExitFunctionVariable) else None
+    return block.with_context or left
 
 
 def _raised(tx: Any, inst: Any) -> str:
