@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def table() -> str:
     lines = [
         f"{good} of {len(rows)} programs are ok, {sum(row['verdict'] == 'ok' for row in whole)} of the "
         f"{len(whole)} that were run with the default options. {machine['cpu']}, torch {machine['torch']}, "
-        f"Python {machine['python']}, commit {machine['commit']}.",
+        f"Python {machine['python']}, {_commits(rows)}.",
     ]
     family = ""
     for row in rows:
@@ -31,6 +32,13 @@ def table() -> str:
             lines += ["", f"### {family.replace('_', ' ')}", "", _line(HEAD), "|---" * len(HEAD) + "|"]
         lines.append(_line(_cells(row)))
     return "\n".join(lines)
+
+
+def _commits(rows: list[dict[str, Any]]) -> str:
+    """The commits the rows were made at, the one with most rows first."""
+    counts = Counter(row["commit"] for row in rows)
+    parts = [f"{commit} ({count} rows)" for commit, count in counts.most_common()]
+    return "commit " + ", ".join(parts) if len(parts) > 1 else f"commit {rows[0]['commit']}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

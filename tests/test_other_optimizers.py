@@ -270,3 +270,43 @@ def test_tensors_in_containers_of_the_state() -> None:
         torch.compile(train.step, backend=MixedPrecision(codegen="eager"))(
             torch.randn(6, 4), torch.randn(6, 2)
         )
+
+
+def _lerp(param: Tensor, grad: Tensor, mean: Tensor, lr: float) -> None:
+    param.sub_(mean.lerp_(grad, 0.1), alpha=lr)
+
+
+class Compiling(Own):
+    """Compiles what it does to one parameter, as torchao's optimizers do."""
+
+    def update(self, group: dict[str, Any], params: list[Any]) -> None:
+        one = torch.compile(_lerp, fullgraph=True, backend="eager")
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["mean"] = torch.zeros_like(p)
+            one(p.detach(), p.grad, state["mean"], group["lr"])
+
+
+def test_a_step_that_compiles_its_own_parts() -> None:
+    compare(built(Compiling), handle=MixedPrecision(dtype="float32", codegen="eager"))
+
+
+class Quantized(Tensor):
+    """A class of its own, known for what an optimizer keeps in it."""
+
+
+def test_a_state_in_tensors_of_their_own_class_is_refused_by_name() -> None:
+    class Quantizing(Own):
+        def update(self, group: dict[str, Any], params: list[Any]) -> None:
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p).as_subclass(Quantized)
+                p.sub_(p.grad, alpha=group["lr"])
+
+    train = built(Quantizing)()
+    with pytest.raises(OptimizerError, match=r"Quantizing keeps state\['mean'\] in a Quantized(.|\n)*AdamW"):
+        torch.compile(train.step, backend=MixedPrecision(codegen="eager"))(
+            torch.randn(6, 4), torch.randn(6, 2)
+        )
+    compare(built(torch.optim.AdamW), handle=MixedPrecision(dtype="float32", codegen="eager"))

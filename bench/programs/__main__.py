@@ -31,6 +31,7 @@ def main() -> None:
     known = programs()
     chosen = [p for p in known if (not args.quick or p.quick) and _wanted(p, args.only)]
     options = dict(args.option)
+    commit = measure.machine(torch.device("cpu"))["commit"]
     rows = _rows(args.json) if args.resume or args.again else {}
     done = {name for name, row in rows.items() if row["options"] == options}
     if args.again:
@@ -39,9 +40,9 @@ def main() -> None:
     columns = TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("programs", total=len(chosen))
-        for row in run_all(chosen, args.jobs, options):
+        for row in run_all(chosen, args.jobs, options, args.timeout):
             trace = row.pop("trace")
-            rows[row["name"]] = row
+            rows[row["name"]] = {**row, "commit": commit}
             bar.update(task, advance=1, description=row["name"])
             if row["verdict"] != "ok" or args.verbose:
                 console.print(f"{row['name']}: {row['verdict']}", highlight=False, markup=False)
@@ -57,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the 40 that CI runs")
     parser.add_argument("--only", metavar="PATTERN", nargs="+", help="names or families, as fnmatch has them")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for one (600)")
     parser.add_argument("--json", type=Path, default=OUT, help=f"where the rows go ({OUT})")
     parser.add_argument("--resume", action="store_true", help="leave out what the JSON file has")
     parser.add_argument("--again", action="store_true", help="leave out what went well in the JSON file")

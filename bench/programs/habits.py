@@ -212,7 +212,7 @@ def multi_task() -> Training:
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         h = body(x)
-        losses = torch.stack([F.cross_entropy(a(h), y), F.mse_loss(b(h).squeeze(1), y.float())])
+        losses = torch.stack([F.cross_entropy(a(h), y), F.mse_loss(b(h).squeeze(1), y.float() / 4)])
         total = (torch.exp(-log_vars) * losses + log_vars).sum()
         optimizer.zero_grad()
         total.backward()

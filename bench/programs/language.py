@@ -104,7 +104,7 @@ register(
     _tokens,
     vocab_size=64,
     hidden_size=16,
-    num_hidden_layers=1,
+    num_hidden_layers=2,
     context_length=16,
 )
 

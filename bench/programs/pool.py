@@ -15,13 +15,14 @@ import torch
 from bench.programs.program import PROGRAMS, Program, programs
 from bench.programs.run import Result, row, run
 
-TIMEOUT = 300  # seconds for one program
 LIFE = 25  # programs before a process is replaced: libraries keep what they once built
 
 
-def run_all(chosen: list[Program], jobs: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of ``chosen``, as they are done."""
-    workers = [_Worker(options) for _ in range(jobs)]
+def run_all(
+    chosen: list[Program], jobs: int, options: dict[str, Any], timeout: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``chosen``, as they are done; ``timeout``: seconds for one program."""
+    workers = [_Worker(options, timeout) for _ in range(jobs)]
     free = list(workers)
 
     def one(program: Program) -> dict[str, Any]:
@@ -46,8 +47,9 @@ def run_all(chosen: list[Program], jobs: int, options: dict[str, Any]) -> Iterat
 class _Worker:
     """A process that runs programs by name, made anew where it died or is old."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], timeout: float) -> None:
         self.options = options
+        self.timeout = timeout
         self.process: SpawnProcess | None = None
         self.done = 0
 
@@ -58,12 +60,12 @@ class _Worker:
         self.pipe.send(program.name)
         self.done += 1
         try:
-            if self.pipe.poll(TIMEOUT):
+            if self.pipe.poll(self.timeout):
                 answer = self.pipe.recv()
                 if answer["error"]:
                     self.stop()  # what a failure left behind is nobody else's
                 return answer
-            error = f"no end after {TIMEOUT} s"
+            error = f"no end after {self.timeout:g} s"
         except EOFError:
             self.process.join()
             error = f"crashed, exit code {self.process.exitcode}"

@@ -43,7 +43,7 @@ def _training(name: str, settings: dict[str, Any]) -> Training:
 
 
 _register("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
-_register("resnet10t", layers=(1, 1), channels=(8, 16), stem_width=8)
-_register("convnext_atto", depths=(1, 1), dims=(8, 16))
+_register("resnet10t", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8)
+_register("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
 _register("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
-_register("poolformer_s12", layers=(1, 1), embed_dims=(8, 16), downsamples=(False, True), mlp_ratios=(2, 2))
+_register("beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)

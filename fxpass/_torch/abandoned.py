@@ -19,6 +19,7 @@ from torch._dynamo.exc import Unsupported, UserError
 
 from ..errors import CaptureError
 from .dynamo_common import fail, function_of, record_of_frame
+from .record import FrameRecord
 from .ways import Ways
 
 DISABLED = "take the training step out of torch.compiler.disable, or call it outside of the compiled function"
@@ -64,6 +65,16 @@ def _comes_backward(tx: Any, offset: int | None) -> bool:
     every = all(getattr(value, "grad_fn", None) is None for value in values)
     line = ways.reach(ways.at(offset), "backward", every=every)
     return torch.is_grad_enabled() and line is not None
+
+
+def trains_nothing(code: CodeType, record: FrameRecord) -> bool:
+    """Whether ``code``, as far as it was traced, takes no backward and computes nothing to differentiate."""
+    graph = record.graph() if record.graph is not None else None
+    values = [n.meta.get("example_value") for n in graph.nodes] if graph is not None else []
+    differentiates = any(getattr(value, "requires_grad", False) for value in values)
+    if record.error is not None or record.backwards or differentiates:
+        return False
+    return Ways(code).reach(0, "backward", every=False) is None
 
 
 def refuse_disabled(fn: Any) -> None:

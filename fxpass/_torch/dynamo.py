@@ -31,9 +31,10 @@ from unittest import mock
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, output_graph, side_effects, symbolic_convert
-from torch._dynamo.exc import UserError
+from torch._dynamo.exc import InternalTorchDynamoError, UserError
 from torch._dynamo.graph_break_hints import USER_ERROR
 from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor
 from torch._dynamo.variables.constant import ConstantVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -87,6 +88,9 @@ SETTINGS = {
     "skip_nnmodule_hook_guards": False,  # hooks that come later are seen
 }
 
+# a frame, and what it calls, as plain Python; a backward in it raises: see eager.py
+_PLAIN = ConvertFrameReturn(FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
 Count = Callable[[torch.optim.Optimizer, int], dict[Slot, Any]]
 _find_backend: Callable[[Any], Any | None] = lambda _: None  # noqa: E731 - replaced by install()
 _count: Count = lambda *_: {}  # noqa: E731 - likewise
@@ -122,6 +126,8 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
                 call()
             return result
         except Exception as error:
+            if isinstance(error, InternalTorchDynamoError) and abandoned.trains_nothing(args[0], record):
+                return _PLAIN  # a metric behind the update, say
             ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)
             ours = ours or unbacked.refusal(error, args[0])
             if ours is None:
@@ -318,7 +324,7 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         record = record_of_frame()
         if (error := unsettled(record)) is not None:
             raise fail(error)
-        refuse_written(record)
+        refuse_written(record, self.graph)
         texts.refuse_unseen_changes(record, self.side_effects)
         refuse_two_ways(record, self.side_effects)
         if getattr(reason, "graph_break", True) and reason.user_stack:

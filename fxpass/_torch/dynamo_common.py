@@ -55,16 +55,24 @@ def is_users(filename: str) -> bool:
 
 
 def user_line(stack: traceback.StackSummary | None = None) -> str:
-    """``file:line in function: code`` of the user's innermost frame, then of the library's below it."""
+    """``file:line in function: code`` of the user's innermost frame, then of the library's below it.
+
+    Behind a graph break in a library its functions are traced by themselves: the user's line is then the
+    one that runs and called them.
+    """
     frames = list(TracingContext.extract_stack() if stack is None else stack)
     theirs = [f for f in frames if is_users(f.filename)]
     if not (theirs or frames):
         return "unknown"
     last = (theirs or frames)[-1]
-    own = [f for f in theirs if not _is_installed(f.filename)]
+    own = _own_lines(theirs) or _own_lines(traceback.extract_stack())
     if not own or own[-1] is last:
         return _line(last)
     return f"{_line(own[-1])} (in {_line(last)})"
+
+
+def _own_lines(frames: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    return [f for f in frames if is_users(f.filename) and not _is_installed(f.filename)]
 
 
 def inside(stack: traceback.StackSummary, code: CodeType | None) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
-import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,24 +24,35 @@ import torch
 from torch._dynamo import exc, symbolic_convert
 from torch._dynamo.bytecode_analysis import livevars_analysis
 from torch._dynamo.current_scope_id import enter_new_scope
-from torch._dynamo.variables import ctx_manager
+from torch._dynamo.variables import ConstantVariable, ctx_manager
 from torch._dynamo.variables.tensor import (
     SymNodeVariable,
     TensorVariable,
     UnspecializedPythonVariable,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+    free_unbacked_symbols,
+)
 
 from .dynamo_common import call, is_new, record_of_frame, user_line
+from .given import answer
 from .joins import END, is_conditional, meeting
 from .record import FrameRecord
-from .selects import Declined, Raises, example, gate, select, storages
+from .selects import Declined, Raises, example, gate, keeps_statistics, select, storages, written_data
 
 MOST = 8  # how often a branch may come again on one of its own sides: in a short loop that it leaves
 _CONDITIONAL = frozenset(code for name, code in dis.opmap.items() if is_conditional(name))
 _INLINED = symbolic_convert.InliningInstructionTranslator
 _GENERATOR = symbolic_convert.InliningGeneratorInstructionTranslator
-_REASONS = (Declined, exc.Unsupported, exc.UserError, GuardOnDataDependentSymNode)
+_REASONS = (
+    Declined,
+    exc.Unsupported,
+    exc.UserError,
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+)
 
 
 def _why(error: Exception) -> str:
@@ -72,11 +83,13 @@ def step_hook(original: Callable[..., bool]) -> Callable[..., bool]:
             return original(self)
         record = record_of_frame()
         site = (self.f_code, inst.offset)
-        if record.events or site in record.declined:
+        if record.events:
             return original(self)
+        if site in record.declined:
+            return _decided(original, self, inst)
         if record.forking.count(site) == MOST:
             raise Declined("it decides how often a loop runs")
-        broke = record.broke
+        broke, seen = record.broke, self.speculation_log.index
         record.forking.append(site)
         try:
             return _fork(self, inst, record)
@@ -84,6 +97,7 @@ def step_hook(original: Callable[..., bool]) -> Callable[..., bool]:
             if record.forking[0] is not site:
                 raise  # the outer one is declined with it
             record.broke, record.declined[site] = broke, _why(error)
+            del self.speculation_log.entries[seen:]  # of calls that the next attempt may not come to
             raise exc.SpeculationRestartAnalysis(restart_reason="a branch on data") from None
         finally:
             record.forking.pop()
@@ -91,10 +105,22 @@ def step_hook(original: Callable[..., bool]) -> Callable[..., bool]:
     return step
 
 
+def _decided(original: Callable[..., bool], tx: Any, inst: Any) -> bool:
+    """The instruction where not both sides are in the graph: with the answer that the frame's inputs give."""
+    value = tx.stack[-1]
+    truth = answer(tx, value)
+    if truth is None:
+        return original(tx)  # a graph break
+    tx.stack[-1] = known = ConstantVariable.create(truth)
+    goes_on = original(tx)
+    if inst.opname.endswith("OR_POP") and tx.stack and tx.stack[-1] is known:
+        tx.stack[-1] = value
+    return goes_on
+
+
 def _undecided(tx: Any, inst: Any) -> bool:
     """Whether the jump is about a number of a tensor's, or one that depends on data."""
-    following = tx.instructions[tx.instruction_pointer + 1]
-    if not tx.stack or following.opname == "LOAD_ASSERTION_ERROR":
+    if not tx.stack or _is_plain_assertion(tx.instructions[tx.instruction_pointer + 1 :]):
         return False
     value = tx.stack[-1].realize()
     if isinstance(value, SymNodeVariable):
@@ -102,6 +128,13 @@ def _undecided(tx: Any, inst: Any) -> bool:
     if not isinstance(value, TensorVariable) or isinstance(value, UnspecializedPythonVariable):
         return False
     return value.is_tensor() and example(value).numel() == 1
+
+
+def _is_plain_assertion(following: list[Any]) -> bool:
+    """Whether an assertion with a constant text, or none, comes next: Dynamo traces it."""
+    names = [inst.opname for inst in itertools.takewhile(lambda i: i.opname != "RAISE_VARARGS", following)]
+    others = set(names) - {"LOAD_CONST", "PRECALL", "CALL", "CALL_FUNCTION"}
+    return names[:1] == ["LOAD_ASSERTION_ERROR"] and others == {"LOAD_ASSERTION_ERROR"}
 
 
 # ---------------------------------------------------------------- both sides
@@ -154,7 +187,7 @@ class _State:
         self.blocks = list(tx.block_stack)
         self.one_graph, self.start_point = tx.one_graph, tx.start_point
         self.instruction, self.line = tx.current_instruction, tx.lineno
-        self.storages = storages(tx.output.graph)
+        self.storages = storages(tx.output.graph.nodes)
 
     def restore(self, tx: Any) -> None:
         tx.stack[:] = self.stack
@@ -243,29 +276,14 @@ def _only_makes_tensors(tx: Any, record: FrameRecord) -> Iterator[None]:
         raise Declined("one of its sides takes a backward, updates, or tells something")
     made = [n for n in graph.nodes if n not in older and n.op != "placeholder"]
     inputs = {n: 0 for n in graph.nodes if n not in older and n.op == "placeholder"}
-    if any(_version(n) != version for n, version in (older | inputs).items()) or any(
-        map(_keeps_statistics, made)
-    ):
+    written = any(_version(n) != version for n, version in (older | inputs).items())
+    if written or written_data(made) & storages(older | inputs) or any(map(keeps_statistics, made)):
         raise Declined("one of its sides writes to a tensor in place")
 
 
 def _version(node: torch.fx.Node) -> int:
     value = node.meta.get("example_value")
     return value._version if isinstance(value, torch.Tensor) else 0
-
-
-def _keeps_statistics(node: torch.fx.Node) -> bool:
-    """Whether a call updates running statistics: torch's schemas don't say so."""
-    if not callable(node.target):
-        return False
-    try:
-        names = list(inspect.signature(node.target).parameters)
-    except ValueError:
-        packet: Any = getattr(torch.ops.aten, getattr(node.target, "__name__", ""), None)
-        names = [a.name for a in packet.default._schema.arguments] if hasattr(packet, "default") else []
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    updates = given.get("training") or given.get("use_input_stats", "use_input_stats" in names)
-    return isinstance(given.get("running_mean"), torch.fx.Node) and bool(updates)
 
 
 def _changed(effects: Any) -> set[int]:
@@ -292,9 +310,16 @@ def _caught(tx: Any, inst: Any) -> bool:
 
 def _is_with(tx: Any, target: Any) -> bool:
     """Whether what leaves a block goes to a context manager of torch's, which catches nothing."""
-    contexts = [block.with_context for block in tx.block_stack if block.target is target]
+    contexts = [_context(tx, block) for block in tx.block_stack if block.target is target]
     ours, others = ctx_manager.ContextWrappingVariable, ctx_manager.GenericContextWrappingVariable
     return bool(contexts) and all(isinstance(c, ours) and not isinstance(c, others) for c in contexts)
+
+
+def _context(tx: Any, block: Any) -> Any:
+    """The context manager of a block: a called function's block knows it by what leaves it alone."""
+    below = tx.stack[block.stack_index - 1] if block.stack_index else None
+    left = below.ctx if isinstance(below, ctx_manager.WithExitFunctionVariable) else None
+    return block.with_context or left
 
 
 def _raised(tx: Any, inst: Any) -> str:

@@ -82,13 +82,25 @@ def _toggle_made(variable: Any, tx: Any, wanted: bool) -> Any:
 
 
 def assignment_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``p.requires_grad = flag``, by the method."""
+    """``p.requires_grad = flag``, by the method; ``p.data = p.data.to(device)``, where it changes nothing."""
 
     def call_setattr(self: Any, tx: Any, obj: Any, name_var: Any, val: Any) -> Any:
-        known = name_var.is_python_constant() and val.is_python_constant()
-        if isinstance(obj, TensorVariable) and known and name_var.as_python_constant() == "requires_grad":
+        name = name_var.as_python_constant() if name_var.is_python_constant() else ""
+        if isinstance(obj, TensorVariable) and name == "requires_grad" and val.is_python_constant():
             obj.call_method(tx, "requires_grad_", [val], {})
+            return val
+        if name == "data" and isinstance(obj, TensorVariable) and _is_itself(obj, val.realize()):
             return val
         return original(self, tx, obj, name_var, val)
 
     return call_setattr
+
+
+def _is_itself(obj: Any, val: Any) -> bool:
+    """Whether two variables stand for the same elements of the same storage."""
+    if not isinstance(val, TensorVariable):
+        return False
+    a, b = (v.as_proxy().node.meta["example_value"] for v in (obj, val))
+    same = all(getattr(a, name) == getattr(b, name) for name in ("dtype", "shape", "device"))
+    in_place = a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+    return same and in_place and a.untyped_storage()._cdata == b.untyped_storage()._cdata

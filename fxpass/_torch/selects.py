@@ -5,6 +5,8 @@ Written for torch 2.11 to 2.13; active only inside ``dynamo.py``'s patches, for 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch._dynamo.variables.tensor import TensorVariable
 from ..errors import CaptureError
 from .dynamo_common import call, fail, record_of_frame, user_line
 from .record import FrameRecord
+
+_C: Any = torch._C  # whose stubs know less
 
 
 class Declined(Exception):
@@ -29,14 +33,34 @@ def example(variable: Any) -> Any:
     return variable.as_proxy().node.meta["example_value"]
 
 
-def storages(graph: torch.fx.Graph) -> set[int]:
-    """Where the values of the graph lie."""
-    values = (n.meta.get("example_value") for n in graph.nodes)
+def storages(nodes: Iterable[torch.fx.Node]) -> set[int]:
+    """Where the values of nodes lie."""
+    values = (n.meta.get("example_value") for n in nodes)
     return {_storage(v) for v in values if isinstance(v, torch.Tensor)}
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def written_data(nodes: Iterable[torch.fx.Node]) -> set[int]:
+    """Where is written through a ``.data``, which has a version of its own: nothing else shows it."""
+    data = (n.meta["example_value"] for n in nodes if n.target is _C._autograd._get_data_attr)
+    return {_storage(v) for v in data if v._version}
+
+
+def keeps_statistics(node: torch.fx.Node) -> bool:
+    """Whether a call updates running statistics: torch's schemas don't say so."""
+    if not callable(node.target):
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)
+    except ValueError:
+        packet: Any = getattr(torch.ops.aten, getattr(node.target, "__name__", ""), None)
+        names = [a.name for a in packet.default._schema.arguments] if hasattr(packet, "default") else []
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    updates = given.get("training") or given.get("use_input_stats", "use_input_stats" in names)
+    return isinstance(given.get("running_mean"), torch.fx.Node) and bool(updates)
 
 
 def select(tx: Any, older: set[int], taken: Any, a: Any, b: Any) -> Any:
@@ -86,10 +110,11 @@ def _kind(value: Any) -> str:
     return "tensor" if isinstance(value, TensorVariable) else value.python_type_name()
 
 
-def refuse_written(record: FrameRecord) -> None:
+def refuse_written(record: FrameRecord, graph: torch.fx.Graph) -> None:
     """Raise if the step writes in place to what a select has made: it may have been another name's tensor."""
+    data = written_data(graph.nodes) if record.selected else set()
     for tensor, where in record.selected:
-        if tensor._version:
+        if tensor._version or _storage(tensor) in data:
             found = "a tensor that depends on a branch on data is written in place"
             hint = "write to a copy (h = h.clone(), behind the branch), or choose with torch.where"
             raise fail(CaptureError(found, where=where, hint=hint))

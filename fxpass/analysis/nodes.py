@@ -51,6 +51,13 @@ def is_large(node: Node) -> bool:
     return symbolic or nbytes(node) >= LARGE
 
 
+def is_small_table(grad: Node) -> bool:
+    """Whether ``embedding_dense_backward`` writes a table that is small beside the activations it sums up."""
+    rows, positions = grad.args[2], tensor(source(grad, 1)).numel()
+    assert isinstance(rows, int | torch.SymInt)
+    return size_hint(positions) * 4 > size_hint(rows)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A size as a number: for a symbolic one, that of the call being compiled."""
     if isinstance(size, torch.SymInt):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import set_stance
 from torch.optim import Optimizer
 
 from .. import _torch
@@ -157,7 +158,8 @@ def _once(traced: Traced, tensors: StepTensors, way: Way | None, *, first: bool 
     known += [value for value in tensors.settings.values() if isinstance(value, Tensor)]
     mode = ScalarTensors(_known_settings(optimizer, tensors), known, way)
     try:
-        with _torch.compiling_flag(), _torch.python_values(mode.truth):
+        # what the step compiles itself is traced with the rest
+        with _torch.compiling_flag(), _torch.python_values(mode.truth), set_stance("force_eager"):
             with tensor_functions(classes_of(optimizer)), mode:
                 result = undecorated(type(optimizer).step)(other)
     except Exception as error:

@@ -15,12 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import set_stance
 from torch.optim import Optimizer
 
 from .. import _torch
 from ..errors import OptimizerError
 from ..ir.slots import Slot
 from .standin import stand_in, undecorated
+
+
+class OwnTensor(Exception):
+    """A state that is a tensor of a class of its own (quantized, say), which knows few operators."""
 
 
 class Assigned(dict[str, Any]):
@@ -31,6 +36,9 @@ class Assigned(dict[str, Any]):
         self.first: dict[str, Any] = {}
 
     def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(value, Tensor) and type(value) not in (Tensor, torch.nn.Parameter):
+            kind = type(value).__name__
+            raise OwnTensor(f"keeps state[{key!r}] in a {kind}, a tensor of a class of its own")
         if key not in self.first:
             self.first[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         super().__setitem__(key, value)
@@ -83,6 +91,10 @@ def try_step(
     try:
         with contextlib.nullcontext() if random else _forked_random(param):
             return _steps(optimizer, {slot: param}, grads, {slot: state or {}}, settings or {})[slot]
+    except OwnTensor as error:
+        found = f"{type(optimizer).__name__} {error}, which a compiled step cannot follow"
+        hint = "use an optimizer that keeps plain tensors, as torch.optim.AdamW does"
+        raise OptimizerError(found, where=where, hint=hint) from error
     except Exception as error:
         name = type(optimizer).__name__
         found = f"{name}.step() failed where it was tried on one parameter alone, to see its state: {error}"
@@ -137,7 +149,7 @@ def _steps(
     for group in groups:  # tensors that count are written in place
         group.update({k: v.clone() for k, v in group.items() if isinstance(v, Tensor)})
         group.first.clear()
-    with torch.no_grad():
+    with torch.no_grad(), set_stance("force_eager"):
         for step in grads:
             for slot, param in params.items():
                 param.grad = step[slot].clone()

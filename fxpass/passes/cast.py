@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..analysis.delicate import delicate
 from ..analysis.modules import nodes_kept
-from ..analysis.nodes import has_double, input_dtype, is_cast, widened_from
+from ..analysis.nodes import has_double, input_dtype, is_cast, is_small_table, widened_from
 from ..analysis.policy import (
     ACTIVATIONS,
     PINNED_ARGUMENTS,
@@ -162,7 +162,7 @@ class _Caster:
         if not self.kept.isdisjoint((grad, *grad.all_input_nodes)):
             return  # whoever keeps a module in float32 may do so because its gradient overflows
         if _is_sum(grad):
-            return  # it is larger than what it sums, and small beside it: a class token's, a position's
+            return  # it is larger than what it sums, and small beside it: a class token's, a small table's
         self._replace(node, grad, self.low, "a weight's gradient waits for the verdict in low precision")
 
     def _colour(self, node: Node) -> Colour | None:
@@ -379,10 +379,11 @@ class _Caster:
 
 
 def _is_sum(grad: Node) -> bool:
-    """Whether a gradient is summed over a batch, as that of a bias is."""
+    """Whether a gradient is summed over a batch, as that of a bias or of a small table is."""
     while op_name(grad.target) in VIEWS:
         grad = source(grad)
-    return op_name(grad.target) == "sum"
+    name = op_name(grad.target)
+    return name == "sum" or (name == "embedding_dense_backward" and is_small_table(grad))
 
 
 def _target(node: Node) -> Callable[..., object]:

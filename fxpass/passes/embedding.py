@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
+from ..analysis.nodes import is_small_table
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import GRAD, MARK
@@ -48,7 +49,7 @@ class Embedding(GraphPass):
         rows, positions = node.args[2], tensor(node.args[1]).numel()
         if not isinstance(positions, int) or not isinstance(rows, int):
             return "the batch's shape is symbolic"
-        if positions * 4 > rows:
+        if is_small_table(node):
             return f"{positions} positions for {rows} rows: the table is smaller"
         if node.args[4]:
             return "scale_grad_by_freq"

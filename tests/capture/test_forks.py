@@ -188,6 +188,13 @@ def counted(m: Any, x: Tensor) -> Tensor:
     return m.last(m.first(x))
 
 
+def counted_behind_data(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    if h.mean() > 0:
+        m.seen.data.add_(1)  # which has a version of its own
+    return m.last(h)
+
+
 def statistics(m: Any, x: Tensor) -> Tensor:
     h = m.first(x)
     return m.last(m.norm(h) if h.mean() > 0 else h)
@@ -226,7 +233,7 @@ def detached_behind(m: Any, x: Tensor) -> Tensor:
     ("forward", "why"),
     [
         (in_place, "writes to a tensor in place"),
-        (counted, "writes to a tensor in place"),
+        (counted_behind_data, "writes to a tensor in place"),
         (statistics, "writes to a tensor in place"),
         (appended, "changes what other code reads"),
         (two_shapes, "different shapes"),
@@ -239,6 +246,83 @@ def test_what_cannot_be_a_select_is_refused(forward: Any, why: str) -> None:
     run = training(forward)()
     step = torch.compile(run.step, backend=MixedPrecision(**EAGER))
     with pytest.raises(CaptureError, match=rf"depends on a value(?s:.*){why}(?s:.*){__file__}"):
+        step(torch.randn(5, 4))
+
+
+def first_time(m: Any, x: Tensor) -> Tensor:
+    """A flag in a buffer: what is made from the first batch."""
+    h = m.first(x)
+    if not m.seen.bool():
+        m.last.bias.data.copy_(-h.detach().mean(0)[:2])
+        m.seen.fill_(1)
+    return m.last(h)
+
+
+def as_often_as_given(m: Any, x: Tensor) -> Tensor:
+    """A loop that numbers of the batch end."""
+    sizes = torch.ones(3)
+    sizes[1:] = x[0, :2]
+    h, i = m.first(x), 0
+    while i < 3 and sizes[i] > 0:
+        h, i = h * sizes[i], i + 1
+    return m.last(h) if i > 1 else m.last(h.tanh())
+
+
+def without_any(m: Any, x: Tensor) -> Tensor:
+    """No rows at all is another shape."""
+    rows = torch.nonzero(x[:, 0] > 0).squeeze(1)
+    if len(rows) == 0:
+        return m.last(m.first(x))
+    return m.last(m.first(x)[rows])
+
+
+@pytest.mark.parametrize(
+    ("forward", "graphs"), [(first_time, 2), (counted, 2), (as_often_as_given, 2), (without_any, 2)]
+)
+def test_what_the_step_is_given_decides(forward: Any, graphs: int) -> None:
+    """No select is possible: the answer is a guard, asked before each call."""
+    compare(training(forward), graphs=graphs, handle=MixedPrecision(**EAGER))
+
+
+def test_what_the_step_is_given_decides_by_default() -> None:
+    compare(training(first_time), graphs=2, handle=MixedPrecision(**FP32))
+
+
+def test_random_numbers_do_not_decide_beforehand() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if torch.rand(()) + x.mean() > 0.5:
+            m.seen.add_(1)
+        return m.last(m.first(x))
+
+    torch.compiler.reset()
+    step = torch.compile(training(forward)().step, backend=MixedPrecision(**EAGER))
+    with pytest.raises(CaptureError, match="depends on a value"):
+        step(torch.randn(5, 4))
+
+
+def test_data_assigned_to_itself_changes_nothing() -> None:
+    """Libraries move their parameters in each forward, and mostly they are there."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.last.weight.data = m.last.weight.data.to(x.device)
+        return m.last(m.first(x))
+
+    compare(training(forward), handle=MixedPrecision(**EAGER))
+
+
+def test_a_library_s_function_behind_a_break_names_the_user_s_line() -> None:
+    library: dict[str, Any] = {"torch": torch}
+    path = "/somewhere/site-packages/library.py"
+    source = "def loss_of(m, x):\n    torch._dynamo.graph_break()\n    return inner(m, x)\n"
+    source += "def inner(m, x):\n    h = m.last(m.first(x))\n    return h[h > 0].tolist(), h.mean()\n"
+    exec(compile(source, path, "exec"), library)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return library["loss_of"](m, x)[1]
+
+    torch.compiler.reset()
+    step = torch.compile(training(forward)().step, backend=MixedPrecision(**EAGER))
+    with pytest.raises(CaptureError, match=rf"where: {__file__}:\d+ in forward(?s:.*)\(in {path}"):
         step(torch.randn(5, 4))
 
 
@@ -269,6 +353,8 @@ def test_a_module_made_inside_the_step() -> None:
 
         @torch.no_grad()
         def best(self, out: Tensor) -> Tensor:
+            if not (out < 1000).all():
+                raise ValueError("too large")
             return (out * self.weight).argmax(1)
 
         def forward(self, out: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -164,6 +165,30 @@ def test_what_may_not_train_runs() -> None:
     x, y = batches(1)[0]
     net.eval()
     same(evaluate(x, y), mse_loss(net(x.chunk(2)[1]), y.chunk(2)[1]).detach(), "loss")
+
+
+def _metric(outputs: Any) -> float:
+    """Its second line is one that Dynamo's own code fails on; scikit-learn's metrics come to it."""
+    open(os.devnull).close()
+    inspect.getattr_static(_net(), "training", None)
+    return float(outputs.mean())
+
+
+def test_a_metric_behind_the_update_that_tracing_fails_on() -> None:
+    def build() -> Training:
+        net = _net()
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+        def step(x: Tensor, y: Tensor) -> float:
+            out = net(x)
+            opt.zero_grad()
+            mse_loss(out, y).backward()
+            opt.step()
+            return _metric(out.detach().numpy())
+
+        return Training(step, [net], [opt])
+
+    compare(build, graphs=3, handle=MixedPrecision(**EAGER))
 
 
 def test_a_loop_around_a_step_that_is_a_function() -> None:

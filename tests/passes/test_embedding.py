@@ -69,3 +69,21 @@ def test_declines_when_the_table_is_small() -> None:
     record = next(r for r in mp.graphs[0].passes if r.name == "embedding")
     assert record.inserted == 0
     assert "4 positions for 4 rows" in record.declined[0]
+
+
+def test_a_small_table_is_summed_in_float32() -> None:
+    """Each gradient that is added fits into float16, the sum does not: torch.amp does not overflow there."""
+    torch.manual_seed(0)
+    table, body = nn.Embedding(4, 8), nn.Linear(8, 8).requires_grad_(False)
+    opt = torch.optim.SGD(table.parameters(), lr=0.01)
+    mp = MixedPrecision(codegen="eager", loss_scale=2.0**13)
+
+    @torch.compile(backend=mp)
+    def step(ids: Tensor) -> None:
+        body(table(ids)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step(torch.zeros(64, dtype=torch.int64))
+    assert mp.stats().skipped == 0
+    assert table.weight.isfinite().all()
