@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import _torch
+from ._torch import fake_ranks as fake_ranks
 from .analysis.memory import MemoryProfile, graph_profile
 from .analysis.view import GraphView, view
 from .analysis.wire import Transfer, transfers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_a_pass_never_imports_another_pass() -> None:
         allowed = {"passes.base", "passes.norms"}  # norms: what the clip passes have in common
         found = [n for n in imports(path) if n.startswith("passes.") and n not in allowed]
         assert not found, f"{path.name} imports {found}"
+
+
+def test_the_layout_names_what_there_is() -> None:
+    text = (ROOT.parent / "docs" / "layout.md").read_text()
+    named = set(re.findall(r"(?<![\w*])\w+\.py", text))
+    one_each = ("passes", "cli", "integrations")  # a file per pass, command and library: described as such
+    there = {p.name for p in FILES if not p.name.startswith("__") and p.parent.name not in one_each}
+    assert not there - named, "not in docs/layout.md"
+    found = {p.name for folder in (ROOT, ROOT.parent / "tests") for p in folder.rglob("*.py")}
+    assert not named - found, "in docs/layout.md alone"
 
 
 def test_files_and_functions_are_small() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from .. import _torch
-from ..dry_run import LARGE
+from ..dry_run import LARGE, fake_ranks
 from ..errors import OptionError
 from ..options import _RULES, Options
 from ..report.memory import AUTO, GRAPH, NOTES, PROGRAM
@@ -132,7 +131,7 @@ def across_ranks(command: Command) -> Command:
     def with_ranks(options: dict[str, Any], ranks: int | None, **kwargs: Any) -> Any:
         if ranks is None:
             return command(options=options, **kwargs)
-        with _torch.fake_ranks(ranks) as group:
+        with fake_ranks(ranks) as group:
             return command(options={**options, GROUP: group}, **kwargs)
 
     wrapped: Command = with_ranks
