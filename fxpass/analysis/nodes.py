@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import is_float, source, tensor
+from .policy import VIEWS, op_name
 
 aten = torch.ops.aten
 LARGE = 4096  # bytes
@@ -56,6 +57,14 @@ def is_small_table(grad: Node) -> bool:
     rows, positions = grad.args[2], tensor(source(grad, 1)).numel()
     assert isinstance(rows, int | torch.SymInt)
     return size_hint(positions) * 4 > size_hint(rows)
+
+
+def is_batch_sum(grad: Node) -> bool:
+    """Whether a gradient is summed over a batch, as that of a bias or of a small table is."""
+    while op_name(grad.target) in VIEWS:
+        grad = source(grad)
+    name = op_name(grad.target)
+    return name == "sum" or (name == "embedding_dense_backward" and is_small_table(grad))
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ..analysis.delicate import delicate
 from ..analysis.modules import nodes_kept
-from ..analysis.nodes import has_double, input_dtype, is_cast, is_small_table, widened_from
+from ..analysis.nodes import has_double, input_dtype, is_batch_sum, is_cast, widened_from
 from ..analysis.policy import (
     ACTIVATIONS,
     PINNED_ARGUMENTS,
@@ -161,7 +161,7 @@ class _Caster:
             return
         if not self.kept.isdisjoint((grad, *grad.all_input_nodes)):
             return  # whoever keeps a module in float32 may do so because its gradient overflows
-        if _is_sum(grad):
+        if is_batch_sum(grad):
             return  # it is larger than what it sums, and small beside it: a class token's, a small table's
         self._replace(node, grad, self.low, "a weight's gradient waits for the verdict in low precision")
 
@@ -376,14 +376,6 @@ class _Caster:
         for value in output.all_input_nodes:
             if self._changed(value):
                 output.replace_input_with(value, self._cast(output, value, self.original[value], reason))
-
-
-def _is_sum(grad: Node) -> bool:
-    """Whether a gradient is summed over a batch, as that of a bias or of a small table is."""
-    while op_name(grad.target) in VIEWS:
-        grad = source(grad)
-    name = op_name(grad.target)
-    return name == "sum" or (name == "embedding_dense_backward" and is_small_table(grad))
 
 
 def _target(node: Node) -> Callable[..., object]:
