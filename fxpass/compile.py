@@ -7,8 +7,7 @@ stage; it holds no logic of theirs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _torch, keep, logs
-from .analysis.memory import MemoryProfile
 from .analysis.modules import check_patterns
 from .capture import assumptions, checks, counters, optim_state
 from .capture.breaks import Break, given_up
@@ -29,8 +27,8 @@ from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.slots import Slot
 from .ir.text import to_text
-from .look import DryRunEnd, Look, current_look, looking
-from .lower.compile import lower, profile_only
+from .look import DryRunEnd, current_look
+from .lower.compile import lower
 from .options import Options
 from .passes import passes_for
 from .passes.data_parallel import plan_of
@@ -82,23 +80,6 @@ class StepState:
             watch.clear()
         t = self.scaler.tensors
         self.reporter.restart(int(t["skipped"]), float(t["scale"]))
-
-
-@contextmanager
-def profiling() -> Iterator[list[MemoryProfile]]:
-    """A compiled step called inside is captured and scheduled, but not compiled and not run.
-
-    The call ends the block, with the step's memory profile in the list.
-    Parameters and inputs may be fake: no data is read or changed.
-    """
-    found: list[MemoryProfile] = []
-
-    def profile(*graph_inputs_options_mode: Any) -> MemoryProfile:
-        found.append(profile_only(*graph_inputs_options_mode))
-        return found[-1]
-
-    with looking(Look(lambda point, step: None, profile, keep=False)):
-        yield found
 
 
 def compile_frame(
@@ -222,8 +203,7 @@ class _Compilation:
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
             record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
-            if look.keep:
-                self.state.graphs.append(record)
+            self.state.graphs.append(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)

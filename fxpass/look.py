@@ -23,7 +23,6 @@ class Look:
 
     after_each: Callable[[str, StepGraph], None]  # sees the graph as captured and after each pass
     profile: Callable[[StepGraph, list[Any], Options, str | None], MemoryProfile]  # may take the graph apart
-    keep: bool = True  # whether the handle's list of graphs shows it
 
 
 _look: ContextVar[Look | None] = ContextVar("fxpass_look", default=None)

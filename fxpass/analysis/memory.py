@@ -207,19 +207,6 @@ class MemoryProfile:
             figure.savefig(path, dpi=120)
         return figure
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for JSON."""
-        peak = self.peak
-        return {
-            "parameters": self.parameters,
-            "peak": {"bytes": peak.bytes, "moment": peak.moment.name, "phase": peak.moment.phase},
-            "expression": str(self.expression),
-            "symbols": self.symbols,
-            "estimate": self.estimate,
-            "moments": [{"name": m.name, "phase": m.phase} for m in self.moments],
-            "tensors": [{**vars(t), "size": str(t.size)} for t in self.tensors],
-        }
-
 
 def evaluate(size: sympy.Expr, values: Mapping[str, int]) -> int | None:
     """``size`` in bytes where each symbol has the value of its name; None if one has none."""

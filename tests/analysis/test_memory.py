@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxpass
 from bench import measure, models
 from fxpass.analysis.memory import PHI, LiveTensor, MemoryProfile, Moment, graph_profile
-from fxpass.compile import profiling
+from fxpass.dry_run import dry_run
 from fxpass.ir.graph import Phase, Role, StepGraph
 from tests.helpers import Mlp, batches
 
@@ -72,8 +72,7 @@ def test_sizes_by_symbol_or_by_what_people_call_it() -> None:
         one_tensor(s0, width=3)
 
 
-def compiled_step(model: nn.Module, **options: Any) -> tuple[Any, fxpass.MixedPrecision]:
-    mp = fxpass.MixedPrecision(max_norm=1.0, **options)
+def plain_step(model: nn.Module) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +83,12 @@ def compiled_step(model: nn.Module, **options: Any) -> tuple[Any, fxpass.MixedPr
         optimizer.zero_grad()
         return loss.detach()
 
-    return torch.compile(step, backend=mp, dynamic=options.pop("dynamic", None)), mp
+    return step
+
+
+def compiled_step(model: nn.Module, **options: Any) -> tuple[Any, fxpass.MixedPrecision]:
+    mp = fxpass.MixedPrecision(max_norm=1.0, **options)
+    return torch.compile(plain_step(model), backend=mp), mp
 
 
 def tiny_gpt() -> models.GPT:
@@ -148,12 +152,12 @@ def test_other_sizes_are_those_of_a_fresh_capture() -> None:
 
 def test_a_profile_without_compiling_or_running() -> None:
     model = Mlp()
-    step, mp = compiled_step(model, codegen="eager")
     before = [p.detach().clone() for p in model.parameters()]
-    with profiling() as found:
-        step(*batches(1)[0])
-        pytest.fail("the call ends the block")
-    assert mp.graphs == []
+    options = {"max_norm": 1.0, "codegen": "eager"}
+    found = dry_run(
+        lambda: (plain_step(model), batches(1)[0], {}), options, tensors="real", of="program"
+    ).memory
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    step, mp = compiled_step(model, codegen="eager")
     step(*batches(1)[0])
-    assert found[0].timeline() == mp.graphs[0].memory.timeline()
+    assert found.timeline() == mp.graphs[0].memory.timeline()
