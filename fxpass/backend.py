@@ -77,7 +77,7 @@ class MixedPrecision(Options):
         return self._state.scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, or from a state of GradScaler, Apex amp or DeepSpeed.
+        """Go on from ``state_dict``, or from a state of GradScaler, Apex amp or DeepSpeed.
 
         Settings given to the constructor win over saved ones; scale and counters are the saved ones.
 

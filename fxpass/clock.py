@@ -76,7 +76,7 @@ def current() -> Clock:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Charge what runs inside to ``name``; without :func:`timing` around, nothing."""
+    """Charge what runs inside to ``name``; without ``timing`` around, nothing."""
     clock = _clock.get()
     if clock is None:
         yield

@@ -1,6 +1,6 @@
 """A step through capture and the passes, and no further: no code is generated, nothing of the user's changes.
 
-With fake tensors (``make`` called under :func:`build`'s fake mode) not even the
+With fake tensors (``make`` called under ``build``'s fake mode) not even the
 weights exist, so that a step too large for this machine can be looked at.
 """
 

@@ -1,7 +1,7 @@
 """What is kept of a compiled step for the next process, and how it is found there again.
 
 The key is the captured step as text (capture/key.py) with the options; in the entry are Inductor's
-compiled graphs and :class:`Kept`, which is all that the stages after capture would find out.
+compiled graphs and ``Kept``, which is all that the stages after capture would find out.
 """
 
 from __future__ import annotations

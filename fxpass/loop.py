@@ -14,7 +14,7 @@ from .errors import OptionError
 
 
 class Step:
-    """One call per batch; the update runs with every ``accumulate``-th. Made by :func:`step`."""
+    """One call per batch; the update runs with every ``accumulate``-th. Made by ``step``."""
 
     def __init__(self, run: Callable[..., Tensor], accumulate: int, handle: MixedPrecision) -> None:
         self.handle = handle
@@ -57,7 +57,7 @@ def step(
         loss_fn: ``loss_fn(model, *batch, **named)`` returns the mean loss of one batch, 0-d.
         accumulate: batches for one update; their losses count as one mean. The gradients of all of them
             are summed in the graph.
-        options: those of :class:`MixedPrecision`; ``fxpass.of`` gives the handle.
+        options: those of ``MixedPrecision``; ``fxpass.of`` gives the handle.
 
     Raises:
         OptionError: ``accumulate`` is no positive int, or an option is unknown.

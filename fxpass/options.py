@@ -182,7 +182,7 @@ def _loss_scale(value: Any, dtype: Any) -> Any:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """Raise :class:`OptionError` for names that are no options, with the nearest that are."""
+    """Raise ``OptionError`` for names that are no options, with the nearest that are."""
     known = [f.name for f in dataclasses.fields(Options)]
     for name in options:
         if name not in known:
@@ -191,7 +191,7 @@ def check_names(options: Mapping[str, Any]) -> None:
 
 
 def check_inductor(settings: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise :class:`OptionError` for names that are no settings of Inductor's."""
+    """Raise ``OptionError`` for names that are no settings of Inductor's."""
     for name in settings:
         if name not in known:
             hint = nearest(name, known) or "see torch._inductor.config for the names"

@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
 
 def batches(count: int = 3, rows: int = 6) -> list[tuple[Tensor, Tensor]]:
-    """``count`` reproducible batches for :class:`Mlp`."""
+    """``count`` reproducible batches for ``Mlp``."""
     generator = torch.Generator().manual_seed(7)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     return [(draw(rows, 4), draw(rows, 2)) for _ in range(count)]

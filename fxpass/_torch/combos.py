@@ -37,7 +37,7 @@ SMALL = 2**14  # bytes that may wait: a row of partial sums, not a gradient
 
 @contextmanager
 def join_neighbours() -> Iterator[None]:
-    """Join what :func:`neighbours` says, wherever ``combo_kernels`` is on."""
+    """Join what ``neighbours`` says, wherever ``combo_kernels`` is on."""
     group = mock.patch.object(
         ForeachKernelSchedulerNode, "group_algorithm_for_combo_kernels", staticmethod(neighbours)
     )

@@ -44,7 +44,7 @@ class KeepOrder(InductorChoices):
 
 @contextmanager
 def keep_order() -> Iterator[None]:
-    """Lower with :class:`KeepOrder` inside, unless the user has set choices of their own."""
+    """Lower with ``KeepOrder`` inside, unless the user has set choices of their own."""
     if type(V.choices) is not InductorChoices:
         yield
         return

@@ -2,7 +2,7 @@
 
 Written for torch 2.11 to 2.13. Not the FX graph decides what is alive when, but
 the lines of the wrapper that Inductor generates; this reads them, after buffer
-reuse is planned, into a :class:`Program` of plain values. The program travels
+reuse is planned, into a ``Program`` of plain values. The program travels
 with the compiled graph into Inductor's cache, so a cache hit has one too.
 """
 
@@ -170,7 +170,7 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
 
 
 def program_of(compiled: Any) -> Program:
-    """The program of what Inductor compiled under :func:`recording`, fresh or from its cache."""
+    """The program of what Inductor compiled under ``recording``, fresh or from its cache."""
     return getattr(compiled, ATTRIBUTE, EMPTY)
 
 

@@ -1,6 +1,6 @@
 """Bytes over one training step: what is alive at every moment, where the peak is, and why.
 
-One type for two views: the graph as written (:func:`graph_profile`, what
+One type for two views: the graph as written (``graph_profile``, what
 ``codegen="eager"`` runs) and the program Inductor made of it
 (fxpass/lower/profile.py). Sizes are sympy expressions, so a step captured with
 symbolic sizes answers for sizes it has never run with.
@@ -160,7 +160,7 @@ class MemoryProfile:
         return self.expression_of(self.peak)
 
     def expression_of(self, peak: Peak) -> sympy.Expr:
-        """Like :attr:`expression`, for any moment."""
+        """Like ``expression``, for any moment."""
         counted = sum(t.bytes for t in peak.live if t.role in PROPORTIONAL and not t.size.free_symbols)
         rest = [t.size for t in peak.live if t.role not in PROPORTIONAL or t.size.free_symbols]
         hundredths = 100 * counted // max(self.parameters, 1)
@@ -168,7 +168,7 @@ class MemoryProfile:
         return sympy.Rational(hundredths, 100) * PHI + sympy.expand(sympy.Add(*rest, constant))
 
     def at(self, **sizes: int) -> MemoryProfile:
-        """The same program at other sizes: by the names of :attr:`symbols`, or batch, seq.
+        """The same program at other sizes: by the names of ``symbols``, or batch, seq.
 
         Raises:
             KeyError: no such symbolic size; says which there are.
@@ -238,7 +238,7 @@ class Symbols:
 
     @property
     def resolve(self) -> Callable[[sympy.Expr], sympy.Expr]:
-        """Expressions at their bounds in the symbols that are left: see :func:`~fxpass.ir.sizes.resolver`."""
+        """Expressions at their bounds in the symbols that are left: see ``fxpass.ir.sizes.resolver``."""
         resolved = resolver([*(v for _, v in self.inputs), *self.made])
         pairs = [(resolved(b.symbol), resolved(b.size)) for b in self.bounds]
         known = {s: size for s, size in pairs if isinstance(s, sympy.Symbol) and s not in size.free_symbols}
@@ -329,7 +329,7 @@ def _scratch(alive: Liveness, nodes: Mapping[str, Node]) -> Iterable[LiveTensor]
 
 
 def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, index: int) -> LiveTensor:
-    """What a library call allocates and frees inside; :func:`sized` fills in the bytes."""
+    """What a library call allocates and frees inside; ``sized`` fills in the bytes."""
     role = "temporary"
     return LiveTensor(f"scratch of {name}", node, role, phase, "uint8", str(size), "", size, 0, index, index)
 

@@ -42,7 +42,7 @@ def _paths(node: Node) -> list[Path]:
 
 
 def check_patterns(step: StepGraph, patterns: tuple[str, ...]) -> None:
-    """Raise :class:`OptionError` for a pattern of ``keep_fp32`` that no module of the step matches."""
+    """Raise ``OptionError`` for a pattern of ``keep_fp32`` that no module of the step matches."""
     if not patterns or not step.trains:
         return
     names = sorted({name for names in module_names(step).values() for name in names})

@@ -53,7 +53,7 @@ class Assumptions:
         return found
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise :class:`OptimizerError` if one of them no longer holds; runs at every call."""
+        """Raise ``OptimizerError`` if one of them no longer holds; runs at every call."""
         for rule in EVERY_CALL:
             _refuse(rule(optimizer), self.where)
         if type(optimizer).step is not self.step:
@@ -69,7 +69,7 @@ class Assumptions:
 
 
 def check(optimizer: Optimizer, where: str, counters: Collection[Slot]) -> None:
-    """Raise :class:`OptimizerError` for an optimizer whose step cannot become graph nodes.
+    """Raise ``OptimizerError`` for an optimizer whose step cannot become graph nodes.
 
     ``counters``: numbers that it keeps in its groups, which may be tensors.
     """

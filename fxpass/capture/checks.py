@@ -23,7 +23,7 @@ from .events import Event
 
 
 def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
-    """Raise :class:`CaptureError` unless the frame is a whole training step or needs no gradients.
+    """Raise ``CaptureError`` unless the frame is a whole training step or needs no gradients.
 
     Args:
         gm: Dynamo's graph of the frame.
@@ -165,7 +165,7 @@ def _same(a: Sequence[object], b: Sequence[object]) -> bool:
 
 
 def check_reads(events: Sequence[Event], reads: Sequence[Read]) -> None:
-    """Raise :class:`OptimizerError` if no optimizer makes anything of a gradient: no verdict is about it."""
+    """Raise ``OptimizerError`` if no optimizer makes anything of a gradient: no verdict is about it."""
     if events and not reads:
         found = f"{type(events[0].optimizer()).__name__}.step() reads no gradient"
         hint = "call an optimizer that reads none outside of the compiled function"

@@ -1,7 +1,7 @@
 """Expands ``optimizer.step()``: the optimizer's own Python, run on traced tensors.
 
 Dynamo left one opaque node per ``step()``. While AOTAutograd traces the graph,
-:func:`run_step` runs the optimizer's undecorated ``step`` on a stand-in object
+``run_step`` runs the optimizer's undecorated ``step`` on a stand-in object
 whose parameters, gradients, state and learning rate are the traced tensors. So
 any optimizer made of tensor maths works, Dynamo neither traces nor guards its
 internals, and the user's optimizer object is never touched by tracing.

@@ -36,7 +36,7 @@ def habits_of(optimizer: Optimizer, slots: Sequence[Slot], where: str) -> Habits
     """Try the step of ``optimizer``.
 
     Raises:
-        OptimizerError: see :func:`primed`.
+        OptimizerError: see ``primed``.
     """
     if is_torchs(optimizer):
         return Habits()
@@ -83,7 +83,7 @@ def fit_state(
 ) -> None:
     """Bring state that was replaced (``load_state_dict``) or cleared into the form the graph reads.
 
-    ``forms``: see :func:`state_of`.
+    ``forms``: see ``state_of``.
 
     Raises:
         OptimizerError: a tensor of another shape.

@@ -1,4 +1,4 @@
-"""From Dynamo's graph of a frame to a :class:`StepGraph`.
+"""From Dynamo's graph of a frame to a ``StepGraph``.
 
 The graph Dynamo made is copied, each opaque optimizer node becomes a call that
 runs the optimizer on traced tensors, and the scaler state, learning rates and
@@ -62,7 +62,7 @@ def capture(
 ) -> Captured:
     """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it.
 
-    ``scaler_fields`` become inputs after Dynamo's, and after them :attr:`Event.inputs` of every event.
+    ``scaler_fields`` become inputs after Dynamo's, and after them ``Event.inputs`` of every event.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -204,7 +204,7 @@ def _annotate_autocast(graph: Graph) -> None:
 
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:
-    """Read phases, roles and names into a :class:`StepGraph`; ``names`` are user names by Dynamo input."""
+    """Read phases, roles and names into a ``StepGraph``; ``names`` are user names by Dynamo input."""
     drop_tokens(gm.graph)
     phases.mark_backward(gm.graph)
     recompute_checkpoints(gm.graph)

@@ -20,7 +20,7 @@ def look_at(
     dynamic: bool | None = None,
     of: str = "graph",
 ) -> DryRun:
-    """Capture ``target`` and run the passes; see :func:`fxpass.dry_run.dry_run`."""
+    """Capture ``target`` and run the passes; see ``fxpass.dry_run.dry_run``."""
     found = load(target)
     if device is not None:
         _check_device(device)

@@ -31,7 +31,7 @@ Arguments = tuple[Any, ...]  # of one training_step()
 class LightningPrecision(Precision):
     """``Trainer(plugins=LightningPrecision(max_norm=1.0))``: the module's training steps, compiled.
 
-    Takes the options of :class:`fxpass.MixedPrecision`; ``plugin.mp`` is the
+    Takes the options of ``fxpass.MixedPrecision``; ``plugin.mp`` is the
     handle. The module stays as it is, with automatic optimization or manual.
     """
 
@@ -61,7 +61,7 @@ class LightningPrecision(Precision):
         return self.mp.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from ``state_dict``."""
         self.mp.load_state_dict(state_dict)
 
     # ---------------------------------------------------------------- automatic optimization

@@ -27,7 +27,7 @@ class HFTrainer(_Trainer):
 
     ``TrainingArguments`` says the rest: ``max_grad_norm`` and
     ``gradient_accumulation_steps`` act inside the compiled step, ``bf16=True``
-    computes in bfloat16. Further options of :class:`fxpass.MixedPrecision`, by
+    computes in bfloat16. Further options of ``fxpass.MixedPrecision``, by
     name, in the class attribute ``fx_options``.
     """
 

@@ -3,7 +3,7 @@
 A schema says which results are views of which arguments and what is written in
 place. An operator without a schema may do either: its results are taken to lie
 in the storage of everything it reads. ``reshape``, ``contiguous`` and ``to``
-copy or do not, depending on strides: they may share, and :func:`view_of` looks
+copy or do not, depending on strides: they may share, and ``view_of`` looks
 at the values of the graph.
 """
 

@@ -3,7 +3,7 @@
 Dynamo and AOTAutograd rename, functionalise and reorder nodes; an operator is
 the one thing they keep. ``fxpass::mark(x, role, index)`` is the identity on
 values. Capture puts marks where a role is known (the seed of a backward, a
-gradient as it leaves it, an optimizer's new value); :mod:`fxpass.capture.step`
+gradient as it leaves it, an optimizer's new value); ``fxpass.capture.step``
 reads them off the ATen graph and erases them, so no mark is ever executed.
 """
 

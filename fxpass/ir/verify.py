@@ -19,7 +19,7 @@ Fail = Callable[[Node, str], VerifyError]
 
 
 def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> None:
-    """Raise :class:`VerifyError` unless the graph is well-formed.
+    """Raise ``VerifyError`` unless the graph is well-formed.
 
     Every node has a value, a phase and, if inserted, an origin; nothing is used
     before it is computed; each input is written at most once; an optimizer's

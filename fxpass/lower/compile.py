@@ -133,7 +133,7 @@ def _lowered(
 
 
 def assembled(parts: Sequence[Callable[..., Any]], calls: Sequence[int]) -> Callable[..., Any]:
-    """The callable of a :class:`Lowered`, by what it is made of."""
+    """The callable of a ``Lowered``, by what it is made of."""
     if not calls:
         return parts[0]
     units = [_torch.bare_call(part) for part in parts]

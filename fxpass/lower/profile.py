@@ -1,6 +1,6 @@
 """The memory profile of what Inductor made of a step: one program, or one and its update units.
 
-Replays the lines of each :class:`Program`: names hold storages, a storage goes
+Replays the lines of each ``Program``: names hold storages, a storage goes
 with its last name, a launch is a moment. Roles come from the step graph where
 a buffer is a value of it, and from what the program does with the buffer.
 """

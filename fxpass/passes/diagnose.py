@@ -83,7 +83,7 @@ class Diagnose(GraphPass):
         return out.cast(out.op(aten.stack.default, values), torch.float64)
 
     def _write_report(self, out: Writer, now: Node, bad: Node) -> None:
-        """See :class:`~fxpass.runtime.watch.Report`."""
+        """See ``fxpass.runtime.watch.Report``."""
         written, read = out.step.written, out.step.scaler
         number = out.cast(written["steps"], torch.float64)
         column = out.op(aten.argmax.default, out.cast(bad, torch.int64))

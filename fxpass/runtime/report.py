@@ -81,7 +81,7 @@ class Reporter:
 
     Each skipped step is logged once as a warning, each change of the scale at
     debug level; ``patience`` overflows in a row at the minimum scale raise
-    :class:`~fxpass.LossScaleError`. Nothing here waits for the device.
+    ``fxpass.LossScaleError``. Nothing here waits for the device.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class DynamicLossScale(LossScale):
     below ``min_scale``; ``growth_interval`` good steps in a row multiply it by
     ``growth_factor`` if the result is finite and at most ``max_scale``.
     ``patience`` overflows in a row at ``min_scale`` raise
-    :class:`~fxpass.LossScaleError`.
+    ``fxpass.LossScaleError``.
 
     Args:
         hysteresis: the ``hysteresis``-th overflow is the first that lowers the scale.

@@ -17,7 +17,7 @@ NAMES = [name for name, _ in Mlp().named_parameters()]
 
 
 class Probed:
-    """A step of :class:`Mlp` that adds a given number to the gradient of any parameter's first element."""
+    """A step of ``Mlp`` that adds a given number to the gradient of any parameter's first element."""
 
     def __init__(self, **options: object) -> None:
         self.model = Mlp()
