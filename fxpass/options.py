@@ -100,13 +100,9 @@ class Options:
     codegen: str = "inductor"
 
     def __post_init__(self) -> None:
-        dtype = self.dtype
-        if isinstance(dtype, str):
-            name = dtype.removeprefix("torch.")
-            dtype = DTYPES.get(ALIASES.get(name, name), dtype)
+        dtype = _dtype(self.dtype)
         object.__setattr__(self, "dtype", dtype)
-        if self.reduce_dtype in ("float32", "torch.float32"):
-            object.__setattr__(self, "reduce_dtype", torch.float32)
+        object.__setattr__(self, "reduce_dtype", _dtype(self.reduce_dtype))
         patterns = self.keep_fp32
         if isinstance(patterns, list):
             object.__setattr__(self, "keep_fp32", tuple(patterns))
@@ -149,6 +145,12 @@ class Options:
         """``loss_scale`` as the object it stands for."""
         assert not isinstance(self.loss_scale, (str, float, int)), "loss_scale is resolved in __post_init__"
         return self.loss_scale
+
+
+def _dtype(value: Any) -> Any:
+    """A dtype by its name, with or without ``torch.``, or by an alias; anything else as it is."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    return DTYPES.get(ALIASES.get(name, name), value)
 
 
 def _is_group(value: Any) -> bool:

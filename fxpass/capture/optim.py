@@ -9,6 +9,7 @@ internals, and the user's optimizer object is never touched by tracing.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -123,10 +124,8 @@ def _any_way(traced: Traced) -> dict[Slot, Any]:
 
 def _all_ways(traced: Traced, *, first: bool) -> dict[Slot, Any]:
     tensors = traced.tensors
-    try:
+    with contextlib.suppress(TooManyWays):  # all parameters at once; or else one after the other
         return merged_ways(lambda way: _once(traced, tensors.copy(), way, first=first))
-    except TooManyWays:
-        pass
     news: dict[Slot, Any] = {}
     try:
         for slot in (
