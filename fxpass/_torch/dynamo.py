@@ -54,6 +54,7 @@ from . import (
     telling,
     texts,
     unbacked,
+    untraced,
 )
 from .borgs import one_of_many, refuse_two_ways
 from .dynamo_backward import backward
@@ -129,7 +130,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(error, InternalTorchDynamoError) and abandoned.trains_nothing(args[0], record):
                 return _PLAIN  # a metric behind the update, say
             ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)
-            ours = ours or unbacked.refusal(error, args[0])
+            ours = ours or untraced.refusal(error, args[0])
             if ours is None:
                 _note_failure(record, error)
                 raise
@@ -341,10 +342,11 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _what_broke(reason: str) -> str:
     """Dynamo's message without its advice, which is about graph breaks in general."""
-    unnamed = re.search(r"Failed to find name `(\w+)`", reason)
+    if unnamed := re.search(r"Failed to find name `(\w+)`", reason):
+        return f"raises NameError: {unnamed[1]}"
     raised = re.search(r"Developer debug context: (?:raised exception )?(\S.*)", reason)
-    if unnamed or (raised and USER_ERROR[0] in reason):
-        return f"raises {raised[1]}" if raised else f"raises NameError: {unnamed and unnamed[1]}"
+    if raised and USER_ERROR[0] in reason:
+        return f"raises {raised[1]}"
     wanted = []
     for line in (line.strip() for line in reason.strip().splitlines()):
         if line.startswith(("Hint:", "Developer debug", "***", "from user code", "For more details")):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError
 from .dynamo_common import fail, is_none, record_of_frame, user_line
-from .gradients import GRADIENT_CALLS
+from .gradients import gradient_calls
 
 VariableTracker = base.VariableTracker
 _GLOBAL = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
@@ -82,7 +82,7 @@ def handle_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         node = next((node for handle, node in record.hooked if handle is self), None)
         if name != "remove" or node is None:
             return original(self, tx, name, args, kwargs)
-        if not any(n.op == "call_function" and n.target in GRADIENT_CALLS for n in node.graph.nodes):
+        if not gradient_calls(node.graph):
             found = "a hook is removed before any backward() has called it"
             raise fail(CaptureError(found, where=user_line(), hint="do not register it"))
         record.unhooked.append(node)

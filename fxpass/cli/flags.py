@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def backend_options(command: Command) -> Command:
     """Add one flag per field of the options dataclass; the command gets them as ``options``, a dict."""
 
+    @functools.wraps(command)
     def with_options(**kwargs: Any) -> Any:
         given = {n: kwargs.pop(f"option_{n}") for n in names}
         given = {n: v for n, v in given.items() if v not in (None, ())}
@@ -95,8 +97,6 @@ def backend_options(command: Command) -> Command:
     fields = [f for f in dataclasses.fields(Options) if not isinstance(_default(f), dict) and f.name != GROUP]
     names = [f.name for f in fields]
     wrapped: Command = with_options
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__dict__.update(command.__dict__)
     for field in reversed(fields):
         default = _default(field)
         shown = str(default).removeprefix("torch.") if default != () else ""
@@ -128,17 +128,15 @@ def capture_options(command: Command) -> Command:
 def across_ranks(command: Command) -> Command:
     """``--ranks``: option ``data_parallel`` over that many ranks, which need not be there."""
 
+    @functools.wraps(command)
     def with_ranks(options: dict[str, Any], ranks: int | None, **kwargs: Any) -> Any:
         if ranks is None:
             return command(options=options, **kwargs)
         with fake_ranks(ranks) as group:
             return command(options={**options, GROUP: group}, **kwargs)
 
-    wrapped: Command = with_ranks
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__dict__.update(command.__dict__)
     text = "average gradients over N ranks, as option data_parallel does; no other process is needed"
-    return click.option("--ranks", type=click.IntRange(2), metavar="N", help=text)(wrapped)
+    return click.option("--ranks", type=click.IntRange(2), metavar="N", help=text)(with_ranks)
 
 
 def memory_of(command: Command) -> Command:

@@ -340,7 +340,7 @@ def _no_attributes(net: Any, opt: Any, hinted: bool) -> Step:
         opt.step()
 
     def reading(x: Tensor, y: Tensor) -> None:
-        odd.read()  # type: ignore[attr-defined]
+        odd.read()
         opt.zero_grad()
         mse_loss(net(x), y).backward()
         opt.step()
