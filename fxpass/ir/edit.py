@@ -25,6 +25,7 @@ class Editor:
         self.pass_name = pass_name
         self.inserted: list[Node] = []
         self.touched: set[Node] = set()
+        self._computed: dict[Node, list[Any]] = {}  # what was read when the value was computed here
         self.removed = 0
         self.declined: list[str] = []
         inputs = [n.meta["val"] for n in step.inputs()]
@@ -119,6 +120,14 @@ class Editor:
         target = node.target
         node.meta["val"] = recompute(node, self._fake_mode, lambda: target(*args, **kwargs))
         self.touched.add(node)
+        self._computed[node] = _reads(node)
+
+    def unproven(self) -> Iterator[Node]:
+        """The touched nodes whose value was not computed, here, from what they read now."""
+        for node in self.touched:
+            then, now = self._computed.get(node, []), _reads(node)
+            if len(then) != len(now) or any(a is not b for a, b in zip(then, now, strict=True)):
+                yield node
 
     def set_arg(self, node: Node, index: int, value: Any) -> None:
         """Replace one positional argument (the caller refreshes if the dtype changed)."""
@@ -173,3 +182,9 @@ class Editor:
         for moved in sorted(late, key=order.__getitem__):
             before.prepend(moved)
         return True
+
+
+def _reads(node: Node) -> list[Any]:
+    """All that the value of ``node`` follows from, and the value: compared by identity."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return [node.target, node.args, node.kwargs, node.meta.get("val"), *values]

@@ -44,7 +44,7 @@ def run_pipeline(
         seconds = time.process_time() - start
         if check:
             with stage("verify"):
-                verify(step, graph_pass.name, edit.touched)
+                verify(step, graph_pass.name, edit.unproven())
         records.append(
             PassRecord(graph_pass.name, len(edit.inserted), edit.removed, tuple(edit.declined), seconds)
         )

@@ -107,3 +107,16 @@ def test_editor_stamps_and_propagates(step: StepGraph) -> None:
     assert (node.meta["fxpass_origin"].pass_name, node.meta["fxpass_origin"].reason) == ("mine", "because")
     assert node.prev is mark
     assert edit.cast(node, torch.float16, when=Phase.CHECK, reason="again") is node
+
+
+def test_a_value_is_computed_again_only_if_what_it_reads_has_changed(step: StepGraph) -> None:
+    edit = Editor(step, "test")
+    relu = first(step, "relu")
+    with edit.after(relu):
+        half = edit.cast(relu, torch.float16, when=Phase.FORWARD, reason="test")
+        again = edit.call(aten.neg.default, half, when=Phase.FORWARD, reason="test")
+    assert not list(edit.unproven())
+    half.update_kwarg("dtype", torch.bfloat16)
+    assert list(edit.unproven()) == [half]
+    edit.refresh(half)
+    assert list(edit.unproven()) == [again]
