@@ -95,7 +95,7 @@ class Listener(nn.Module):
         return self.head(self.rnn(self.conv(x).transpose(1, 2))[0]).log_softmax(-1)
 
 
-@program("audio", "own, in the shape of deepspeech.pytorch", quick=True)
+@program("audio", "own, in the shape of deepspeech.pytorch")
 def deep_speech() -> Training:
     """CTC over frames, with lengths as tensors; a loss that is not finite counts as zero."""
     model = Listener()
@@ -147,7 +147,7 @@ def m5_speech_commands() -> Training:
     return Training(step, [(torch.randn(8, 1, 400), torch.randint(6, (8,))) for _ in range(CALLS)])
 
 
-@program("audio", "own, in the shape of a vocoder's spectral loss")
+@program("audio", "own, in the shape of a vocoder's spectral loss", quick=True)
 def multi_resolution_stft() -> Training:
     """A net on samples, with a loss on spectra of several resolutions."""
     model = nn.Sequential(

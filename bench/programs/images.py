@@ -77,7 +77,6 @@ register(
     hidden_sizes=[8, 16],
     depths=[1, 1],
     num_stages=2,
-    quick=True,
     **CLASSES,
 )
 register(

@@ -109,7 +109,7 @@ register(
 )
 
 
-@program("language", "own, in the shape of nanoGPT", quick=True)
+@program("language", "own, in the shape of nanoGPT")
 def nano_gpt() -> Training:
     """Two groups by weight decay, a warmup set by hand, micro-batches, clipping, fused AdamW."""
     model = Gpt()
@@ -165,7 +165,7 @@ def min_gpt() -> Training:
     return Training(trainer.run_step, [(ids(), ids()) for _ in range(CALLS)])
 
 
-@program("language", "own, in the shape of minGPT's adder")
+@program("language", "own, in the shape of minGPT's adder", quick=True)
 def adder() -> Training:
     """Sums of digits: the question's tokens carry no loss (-1 as the ignored index)."""
     model = Gpt(vocab=10)

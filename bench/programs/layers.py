@@ -174,7 +174,7 @@ class PointNet(nn.Module):
         return F.log_softmax(self.head(h.max(2).values), dim=1), turn
 
 
-@program("layers", "own, in the shape of PointNet")
+@program("layers", "own, in the shape of PointNet", quick=True)
 def point_net() -> Training:
     """A learned rotation kept orthogonal."""
     model = PointNet()

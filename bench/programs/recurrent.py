@@ -76,7 +76,7 @@ def crf_tagger() -> Training:
     return Training(step, [_sentences(5) for _ in range(CALLS)])
 
 
-@program("recurrent", "own, in the shape of PyTorch's char-RNN tutorial")
+@program("recurrent", "own, in the shape of PyTorch's char-RNN tutorial", quick=True)
 def name_classifier() -> Training:
     """A character at a time through linear layers, sentences of changing length."""
     i2h, i2o = nn.Linear(20 + 16, 16), nn.Linear(20 + 16, 4)
@@ -184,7 +184,7 @@ def deep_fm() -> Training:
     return Training(step, [(torch.randint(10, (8, 3)), torch.randint(2, (8,)).float()) for _ in range(CALLS)])
 
 
-@program("recurrent", "own, in the shape of word2vec")
+@program("recurrent", "own, in the shape of word2vec", quick=True)
 def word2vec() -> Training:
     """Skip-grams with negative samples."""
     center, context = nn.Embedding(50, 16), nn.Embedding(50, 16)

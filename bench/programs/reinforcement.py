@@ -53,7 +53,7 @@ def dqn() -> Training:
     return Training(step, [(*batch, i) for i, batch in enumerate(_transitions(True))])
 
 
-@program("reinforcement", "own, in the shape of CleanRL's c51")
+@program("reinforcement", "own, in the shape of CleanRL's c51", quick=True)
 def c51() -> Training:
     """A distribution over returns, projected on its atoms with index_add_ by rows in a loop."""
     atoms = torch.linspace(-2, 2, 11)
@@ -174,7 +174,7 @@ class Q(nn.Module):
         return self.net(torch.cat([x, a], 1))
 
 
-@program("reinforcement", "own, in the shape of CleanRL's td3", quick=True)
+@program("reinforcement", "own, in the shape of CleanRL's td3")
 def td3() -> Training:
     """Twin critics, smoothed targets, the actor every other call: two graphs."""
     actor, q1, q2 = nn.Sequential(mlp(4, 24, 2), nn.Tanh()), Q(), Q()
@@ -235,7 +235,7 @@ def ddpg() -> Training:
     return Training(step, _transitions(False))
 
 
-@program("reinforcement", "own, in the shape of CleanRL's sac_continuous_action", quick=True)
+@program("reinforcement", "own, in the shape of CleanRL's sac_continuous_action")
 def sac() -> Training:
     """Three optimizers, one of them for the temperature; squashed normal actions."""
     actor, q1, q2 = mlp(4, 24, 4), Q(), Q()

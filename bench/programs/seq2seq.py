@@ -75,7 +75,7 @@ class Translator(nn.Module):
         return self.head(h)
 
 
-@program("seq2seq", "own, in the shape of PyTorch's translation tutorial", quick=True)
+@program("seq2seq", "own, in the shape of PyTorch's translation tutorial")
 def translation_transformer() -> Training:
     """Padding masks of both sides, label smoothing, the Noam schedule."""
     model = Translator()
