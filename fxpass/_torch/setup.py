@@ -220,6 +220,6 @@ def _real(variable: Any) -> Any:
         return constant
     if variable.source is not None:
         for name in ("value", "fn"):
-            if hasattr(variable, name):
+            if name in vars(variable):  # a list's value is a property on torch 2.11, and raises
                 return getattr(variable, name)
     raise _NotReal

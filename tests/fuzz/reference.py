@@ -211,8 +211,8 @@ def scales(skipped: list[bool], init: float, interval: int) -> list[float]:
             scale, tracker = max(scale * 0.5, 1.0), 0
         else:
             tracker += 1
-            if tracker == interval:
-                scale, tracker = scale * 2.0, 0
+            if tracker == interval:  # ours stops below max_scale, GradScaler does not
+                scale, tracker = scale * 2.0 if scale * 2.0 <= 2.0**24 else scale, 0
         found.append(scale)
     return found
 
