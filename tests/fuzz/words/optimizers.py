@@ -186,7 +186,7 @@ SCHEDULES = (
         "one cycle",
         ready="""
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, 0.05, total_steps=60, cycle_momentum=False
+                optimizer, 0.05, total_steps=200, cycle_momentum=False
             )
         """,
         before="""
