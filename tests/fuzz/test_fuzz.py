@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.fx import Node
 
+from fxpass.ir.graph import Phase, phase
 from tests.fuzz import reference
 from tests.fuzz.grammar import KINDS, compose, draw
 from tests.fuzz.program import source
@@ -44,4 +46,38 @@ def test_a_difference_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     text = source(compose(words, "eager"))
     assert run(text).kind == "right"
     monkeypatch.setattr(owner, part, lambda *args: None)
+    assert run(text).kind == "wrong"
+
+
+def _after_as_forward(node: Node) -> Phase:
+    return Phase.FORWARD if phase(node) is Phase.AFTER else phase(node)
+
+
+# Words, and the part of fxpass that keeps their programs right, as it would be without: then they look wrong.
+MENDS: dict[str, tuple[list[str], str, Any]] = {
+    "lr 0": (["embedding", "warmup from 0", "AdamW(lr=0.01)"], "capture.optim._BRANCHING", object),
+    "hooks": (["hook on a parameter"], "_torch.dynamo_backward.hooked_gradient", lambda tx, leaf, grad: grad),
+    "step replaced": (["update replaced later"], "capture.assumptions.Assumptions.check", lambda *_: None),
+    "old weights": (
+        ["float16", "skip='tensor'", "diagonal kept for later"],
+        "passes.release.input_storages",
+        lambda graph: {},
+    ),
+    "own precision": (["float16", "rotated there and back"], "passes.cast.phase", _after_as_forward),
+    "statistics": (["fisher information", "nan"], "passes.skip.follows_gradient", lambda step: []),
+    "edits": (["gain that overflows"], "passes.check_finite._is_edited", lambda read: False),
+    "not linear": (
+        ["float16, static", "straight-through clamp"],
+        "passes.unscale_nonlinear.UnscaleNonlinear.run",
+        lambda *_: None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MENDS)
+def test_a_mend_that_is_taken_out_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, part, other = MENDS[name]
+    text = source(compose(words, "eager"))
+    assert run(text).good
+    monkeypatch.setattr(f"fxpass.{part}", other)
     assert run(text).kind == "wrong"
