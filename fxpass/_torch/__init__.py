@@ -43,6 +43,7 @@ from .record import LeafGrad as LeafGrad
 from .record import StepEvent as StepEvent
 from .replicas import agree as agree
 from .replicas import share_first as share_first
+from .sdpa import allowed_kernels as allowed_kernels
 from .stored import store_results_of as store_results_of
 from .warm import Warm as Warm
 from .warm import not_cached as not_cached

@@ -50,6 +50,7 @@ from . import (
     forks,
     indexing,
     replicas,
+    sdpa,
     substitutes,
     telling,
     texts,
@@ -247,6 +248,7 @@ def _patches() -> Iterator[None]:
             *unbacked.HOOKS,
             *consumed.HOOKS,
             *replicas.HOOKS,
+            *sdpa.HOOKS,
         ):
             patch(owner, name, hook(getattr(owner, name)))
         patch(output_graph.OutputGraph, "__init__", _restart_hook(output_graph.OutputGraph.__init__))

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch.fx import Node
 
 from ..errors import OptionError, nearest
-from ..ir.graph import Phase, StepGraph, phase
+from ..ir.graph import FP32, Phase, StepGraph, is_tagged, phase
 
 _ACCESS = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 Path = tuple[str, ...]
@@ -60,7 +60,7 @@ def nodes_kept(step: StepGraph, patterns: tuple[str, ...]) -> set[Node]:
     kept = {
         node
         for node in step.nodes()
-        if (node.meta.get("custom") or {}).get("fxpass_fp32")
+        if is_tagged(node, FP32)
         or any(fnmatchcase(name, pattern) for name in names.get(node, ()) for pattern in patterns)
     }
     sequence = {n.meta["seq_nr"] for n in kept if "seq_nr" in n.meta}

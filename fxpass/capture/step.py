@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.traceback import annotate
 
@@ -28,6 +27,7 @@ from .effects import drop_tokens
 from .events import Event
 from .numbers import as_tensor, spell_out_numbers
 from .readings import read_afterwards
+from .regions import annotate_regions
 from .renorm import spell_out_renorm
 from .writes import UPDATES, hide_writes
 
@@ -90,7 +90,7 @@ def capture(
         backwards += node in scaled
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     captured.numbers = read_afterwards(graph)
-    _annotate_autocast(graph)
+    annotate_regions(graph)
     spell_out_casts(graph)
     spell_out_renorm(graph)
     spell_out_numbers(graph)
@@ -189,18 +189,6 @@ def _finish_outputs(
         with graph.inserting_before(output):  # gradients with a graph of their own, maybe
             results += [graph.call_method("detach", (by_name[grad],)) for _, grad in record.kept]
     output.args = (tuple(results),)
-
-
-def _annotate_autocast(graph: Graph) -> None:
-    """Tag nodes of regions where the user switched autocast off: they stay in float32."""
-    stack: list[bool] = []
-    for node in graph.nodes:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
-            stack.append(bool(node.args[2]))
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
-            stack.pop()
-        elif stack and not stack[-1]:
-            node.meta["custom"] = {**node.meta.get("custom", {}), "fxpass_fp32": True}
 
 
 def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> StepGraph:

@@ -21,6 +21,9 @@ from .slots import Slot
 
 aten = torch.ops.aten
 
+FP32 = "fxpass_fp32"  # autocast is off there
+NO_FLASH = "fxpass_no_flash"  # ``sdpa_kernel`` allows no flash attention there
+
 
 class Phase(str, Enum):
     """When in the step a node runs."""
@@ -197,6 +200,11 @@ def is_own(node: Node) -> bool:
 def is_unscaled(node: Node) -> bool:
     """Whether the node computes a gradient that has no loss scale: in float32."""
     return bool(node.meta.get("fxpass_unscaled"))
+
+
+def is_tagged(node: Node, tag: str) -> bool:
+    """Whether the user says how to compute the node: ``FP32`` or ``NO_FLASH``."""
+    return bool((node.meta.get("custom") or {}).get(tag))
 
 
 def origin(node: Node) -> Origin | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..options import Options
+from .attention import Attention
 from .base import GraphPass
 from .cast import Cast
 from .check_finite import CheckFinite
@@ -30,6 +31,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     ScaleLoss,  # seed of each backward * scale
     UnscaleNonlinear,  # clamps and the like in backward see gradients without the scale
     Cast,  # float16 where the policy says so
+    Attention,  # by the kernel for its dtype
     Embedding,  # gradients of tables by rows
     DataParallel,  # gradients: their mean over the ranks
     Unscale,  # gradients * 1/scale, in float32

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 NAMES = """
+torch.nn.attention._sdpa_kernel
 torch._dynamo.bytecode_transformation.create_call_function
 torch._dynamo.bytecode_transformation.create_instruction
 torch._dynamo.config.capture_scalar_outputs
@@ -33,6 +34,7 @@ torch._dynamo.variables.base.AttributeMutationNew
 torch._dynamo.variables.base.ValueMutationNew
 torch._dynamo.variables.builtin.BuiltinVariable.call_function
 torch._dynamo.variables.ctx_manager.NullContextVariable
+torch._dynamo.variables.ctx_manager.SDPAKernelVariable.enter
 torch._dynamo.variables.dicts.ConstDictVariable
 torch._dynamo.variables.functions.WrapperUserFunctionVariable.call_function
 torch._dynamo.variables.lazy.LazySymNodeFormatString
