@@ -31,8 +31,8 @@ from .look import DryRunEnd, current_look
 from .lower.compile import lower
 from .options import Options
 from .passes import passes_for
-from .passes.data_parallel import plan_of
 from .passes.pipeline import run_pipeline
+from .passes.results import Reductions
 from .record import GraphRecord
 from .runtime.report import Reporter
 from .runtime.state import ScalerState
@@ -247,7 +247,7 @@ class _Compilation:
         Raises:
             CaptureError: another rank has compiled another step.
         """
-        plan = plan_of(step)
+        plan = step.result(Reductions).plan(step)
         if not plan or plan in self.state.plans:
             return
         for group, buckets in plan.items():

@@ -14,6 +14,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph
 from ..runtime.scale import DynamicLossScale, HeadroomLossScale, LossScale
 from .base import GraphPass, Writer
+from .results import Checked, Clipped, GlobalNorm, NextScale
 
 aten = torch.ops.aten
 # Doublings: gradients keep 24 of float16's 40, and batches that are nan whatever the scale do no more harm.
@@ -32,23 +33,28 @@ class UpdateScale(GraphPass):
     """
 
     name: ClassVar[str] = "update_scale"
+    requires: ClassVar = (Checked,)
+    uses: ClassVar = (GlobalNorm, Clipped)
+    ensures: ClassVar = (NextScale,)
     loss_scale: LossScale | None = None
     dtype: torch.dtype = torch.float16
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        if not step.found_inf:
+        checked = step.result(Checked)
+        if not checked.found_inf:
             edit.decline("no finite check to act on")
             return
-        found = step.found_inf[max(step.found_inf)]
+        found = checked.last
         output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
         with edit.before(output):
             out = Writer(step, edit, Phase.SCALE, "loss scale state")
             _count(out, found)
             if isinstance(self.loss_scale, DynamicLossScale):
                 _move_dynamic(out, found, self.loss_scale)
-            elif isinstance(self.loss_scale, HeadroomLossScale) and step.checked:
+            elif isinstance(self.loss_scale, HeadroomLossScale) and checked.gradients:
                 _move_headroom(out, found, self.loss_scale, torch.finfo(self.dtype).max)
             out.flush()
+        step.result(NextScale).written.update(out.written)
 
 
 def _count(out: Writer, found: Node) -> None:
@@ -57,10 +63,10 @@ def _count(out: Writer, found: Node) -> None:
     out.write("skipped", out.op(aten.add.Tensor, read["skipped"], out.cast(found, torch.int64)))
     again = out.op(aten.add.Tensor, read["consecutive_skipped"], 1)
     out.write("consecutive_skipped", out.select(found, again, _zero(out, "consecutive_skipped")))
-    if step.grad_norm is not None:
-        out.write("grad_norm", out.cast(step.grad_norm, torch.float32))
-    if step.clipped is not None:
-        good = out.op(aten.logical_and.default, step.clipped, out.op(aten.logical_not.default, found))
+    if (norm := step.result(GlobalNorm).norm) is not None:
+        out.write("grad_norm", out.cast(norm, torch.float32))
+    if (acted := step.result(Clipped).acted) is not None:
+        good = out.op(aten.logical_and.default, acted, out.op(aten.logical_not.default, found))
         out.write("clipped", out.op(aten.add.Tensor, read["clipped"], out.cast(good, torch.int64)))
 
 
@@ -180,7 +186,8 @@ def _share_of_range(out: Writer, limit: float) -> Node:
 
     That is also the limit of gradients stored in float32: backward came to them through the compute dtype.
     """
-    values = [out.cast(out.step.largest[mark], torch.float32) for mark in out.step.checked]
+    checked = out.step.result(Checked)
+    values = [out.cast(checked.largest[mark], torch.float32) for mark in checked.gradients]
     largest = out.op(aten.amax.default, out.op(aten.stack.default, values), [])
     return out.op(aten.mul.Tensor, largest, 1.0 / limit)
 
