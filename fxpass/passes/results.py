@@ -25,7 +25,7 @@ class Result:
 
 @dataclass
 class ScaledSeeds(Result):
-    """Of ``scale_loss``."""
+    """The seeds of backward, scaled: of ``scale_loss``."""
 
     wide: dict[Node, Node] = field(
         default_factory=dict
@@ -39,7 +39,7 @@ class ScaledSeeds(Result):
 
 @dataclass
 class Reductions(Result):
-    """Of ``data_parallel``."""
+    """The all-reduces of gradients: of ``data_parallel``."""
 
     buckets: dict[Node, tuple[str, ...]] = field(
         default_factory=dict
@@ -57,14 +57,14 @@ class Reductions(Result):
 
 @dataclass
 class Unscaled(Result):
-    """Of ``unscale``."""
+    """The gradients without the scale, as they are read: of ``unscale``."""
 
-    values: set[Node] = field(default_factory=set)  # gradients times 1/scale, as they are read
+    values: set[Node] = field(default_factory=set)  # products with 1/scale
 
 
 @dataclass
 class Checked(Result):
-    """Of ``check_finite``: the verdicts, and the numbers that each gradient was reduced to."""
+    """The verdicts, and the numbers that each gradient was reduced to: of ``check_finite``."""
 
     # by optimizer event: a 0-d bool, true if the event must be skipped
     found_inf: dict[int, Node] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Checked(Result):
 
 @dataclass
 class GlobalNorm(Result):
-    """Of ``grad_norm``: the norm before clipping."""
+    """The norm before clipping: of ``grad_norm``."""
 
     norm: Node | None = None  # 0-d, float32 (float64 with float64 gradients)
     of: dict[Node, Node] = field(default_factory=dict)  # by READ mark: the value that was read
@@ -107,7 +107,7 @@ class GlobalNorm(Result):
 
 @dataclass
 class Clipped(Result):
-    """Of the clip passes together."""
+    """Whether gradients were clipped: of the clip passes together."""
 
     acted: Node | None = None  # a 0-d bool: whether one of them changed a gradient
 
@@ -118,6 +118,6 @@ class Clipped(Result):
 
 @dataclass
 class NextScale(Result):
-    """Of ``update_scale``."""
+    """The scale and the counters after the step: of ``update_scale``."""
 
     written: dict[str, Node] = field(default_factory=dict)  # by scaler input: its value after the step

@@ -24,10 +24,11 @@ def script() -> Any:
     return module
 
 
-def test_the_output_of_passes_is_current(script: Any) -> None:
-    block = re.search(r"^```console\n\$ fxpass passes\n(.*?)^(?:\$|```)", PAGE.read_text(), re.M | re.S)
+@pytest.mark.parametrize("command", ["passes", "passes --verbose"])
+def test_the_output_of_passes_is_current(script: Any, command: str) -> None:
+    block = re.search(rf"^\$ fxpass {command}\n(.*?)^(?:\$|```)", PAGE.read_text(), re.M | re.S)
     assert block is not None
-    assert block[1] == script.output("passes"), "run python docs/update_cli.py"
+    assert block[1] == script.output(command), "run python docs/update_cli.py"
 
 
 def test_the_schema_is_current(script: Any) -> None:
