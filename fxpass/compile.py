@@ -55,7 +55,7 @@ class StepState:
     plans: list[dict[str, list[str]]] = field(default_factory=list)  # of reductions, as the ranks agreed
 
     def __post_init__(self) -> None:
-        self.reporter = Reporter(self.scaler.loss_scale)
+        self.reporter = Reporter(self.scaler.policy)
 
     def note_break(self, record: _torch.FrameRecord) -> None:
         """Dynamo broke the graph of a frame: remembered for the error that may follow.

@@ -17,9 +17,10 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},
-    "runtime": {"_torch", "errors", "ir.slots"},
-    "options": {"errors", "runtime"},
-    "passes": {"_torch", "clock", "ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
+    "scaling": {"errors", "ir"},
+    "runtime": {"_torch", "errors", "ir.slots", "scaling"},
+    "options": {"errors", "scaling"},
+    "passes": {"_torch", "clock", "ir", "analysis", "errors", "options", "runtime.watch", "scaling"},
     "lower": {"_torch", "analysis", "clock", "errors", "ir", "options"},
     "record": {"analysis", "passes"},
     "logs": {"record"},
@@ -49,9 +50,9 @@ ALLOWED: dict[str, set[str]] = {
         *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
     },
     "report": {"__init__", "analysis", "dry_run", "ir", "passes"},
-    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
+    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "scaling"},
     "loop": {"backend", "errors"},
-    "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime"},
+    "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime", "scaling"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 PRIVATE = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._guards", "torch._subclasses")

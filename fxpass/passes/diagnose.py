@@ -11,7 +11,8 @@ from torch.fx import Node
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 from ..runtime.watch import REPORT, WATCH, Report, Row
-from .base import GraphPass, Writer
+from ..scaling.writer import Writer
+from .base import GraphPass
 from .results import Checked, NextScale
 
 aten = torch.ops.aten
