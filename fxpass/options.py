@@ -148,6 +148,18 @@ class Options:
         return mesh.get_group() if hasattr(mesh, "get_group") else mesh
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """``dtype`` as the dtype it stands for."""
+        assert isinstance(self.dtype, torch.dtype), "dtype is resolved in __post_init__"
+        return self.dtype
+
+    @property
+    def sum_dtype(self) -> torch.dtype | None:
+        """``reduce_dtype`` as the dtype it stands for; None for the gradient's own."""
+        assert not isinstance(self.reduce_dtype, str), "reduce_dtype is resolved in __post_init__"
+        return self.reduce_dtype
+
+    @property
     def policy(self) -> LossScale | None:
         """``loss_scale`` as the object it stands for."""
         assert not isinstance(self.loss_scale, (str, float, int)), "loss_scale is resolved in __post_init__"
