@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.traceback import annotate
 
@@ -195,9 +194,9 @@ def _annotate_autocast(graph: Graph) -> None:
     """Tag nodes of regions where the user switched autocast off: they stay in float32."""
     stack: list[bool] = []
     for node in graph.nodes:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is _torch.enter_autocast:
             stack.append(bool(node.args[2]))
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is _torch.exit_autocast:
             stack.pop()
         elif stack and not stack[-1]:
             node.meta["custom"] = {**node.meta.get("custom", {}), "fxpass_fp32": True}
