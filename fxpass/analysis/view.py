@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import Role, StepGraph, origin, phase
+from ..ir.provenance import user_line
 from ..ir.text import type_text
 from .modules import module_names
 from .policy import colour_of
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 INPUT, OUTPUT = "input", "output"
 
 
@@ -91,16 +90,6 @@ def view(step: StepGraph, point: str) -> GraphView:
     names = _names(step)
     modules = module_names(step)
     return GraphView(point, tuple(_node(step, n, names, modules) for n in step.graph.nodes))
-
-
-def user_line(node: Node) -> str:
-    """``file.py:12 in forward``: the innermost line of the user's code that made the node, or ""."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    theirs = [f for f in frames if "/torch/" not in f[0]]
-    if not (theirs or frames):
-        return ""
-    file, line, function = (theirs or frames)[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line} in {function}"
 
 
 def _names(step: StepGraph) -> dict[Node, str]:

@@ -21,8 +21,8 @@ class PassRecord:
     name: str
     inserted: int
     removed: int
-    declined: tuple[str, ...]
     seconds: float
+    declined: tuple[str, ...]
 
 
 def run_pipeline(
@@ -50,7 +50,7 @@ def run_pipeline(
                 verify(step, graph_pass.name, edit.unproven())
                 _check_results(step, graph_pass)
         records.append(
-            PassRecord(graph_pass.name, len(edit.inserted), edit.removed, tuple(edit.declined), seconds)
+            PassRecord(graph_pass.name, len(edit.inserted), edit.removed, seconds, tuple(edit.declined))
         )
         after_each(graph_pass.name, step)
     step.graph.lint()
