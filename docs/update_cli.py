@@ -65,6 +65,7 @@ def schema() -> str:
     from fxpass.analysis.view import NodeView
     from fxpass.analysis.wire import Transfer
     from fxpass.cli import doctor, explain, graph, memory, passes, report
+    from fxpass.passes.pipeline import PassRecord
     from fxpass.report import diff, explanation, inspection
     from fxpass.report import memory as memory_data
 
@@ -79,7 +80,7 @@ def schema() -> str:
         "doctor": doctor.DoctorResult,
     }
     parts = (
-        *(inspection.Region, inspection.PassRow, inspection.Precision, inspection.Float32, NodeView),
+        *(inspection.Region, PassRecord, inspection.Precision, inspection.Float32, NodeView),
         *(diff.Change, memory.Mode, memory_data.MemorySummary, memory_data.PhaseMemory, memory_data.Alive),
         *(explanation.Explanation, passes.PassInfo, doctor.Check, Transfer),
     )

@@ -12,12 +12,12 @@ from .errors import VerifyError as VerifyError
 from .loop import Step as Step
 from .loop import step as step
 from .record import GraphRecord as GraphRecord
-from .runtime.scale import DynamicLossScale as DynamicLossScale
-from .runtime.scale import HeadroomLossScale as HeadroomLossScale
-from .runtime.scale import LossScale as LossScale
-from .runtime.scale import StaticLossScale as StaticLossScale
 from .runtime.state import StepStats as StepStats
 from .runtime.watch import Diagnosis as Diagnosis
 from .runtime.watch import ParameterDiagnosis as ParameterDiagnosis
+from .scaling import DynamicLossScale as DynamicLossScale
+from .scaling import HeadroomLossScale as HeadroomLossScale
+from .scaling import LossScale as LossScale
+from .scaling import StaticLossScale as StaticLossScale
 
 __version__ = "0.1.0"

@@ -31,8 +31,8 @@ from .look import DryRunEnd, current_look
 from .lower.compile import lower
 from .options import Options
 from .passes import passes_for
-from .passes.data_parallel import plan_of
 from .passes.pipeline import run_pipeline
+from .passes.results import Reductions
 from .record import GraphRecord
 from .runtime.report import Reporter
 from .runtime.state import ScalerState
@@ -55,7 +55,7 @@ class StepState:
     plans: list[dict[str, list[str]]] = field(default_factory=list)  # of reductions, as the ranks agreed
 
     def __post_init__(self) -> None:
-        self.reporter = Reporter(self.scaler.loss_scale)
+        self.reporter = Reporter(self.scaler.policy)
 
     def note_break(self, record: _torch.FrameRecord) -> None:
         """Dynamo broke the graph of a frame: remembered for the error that may follow.
@@ -247,7 +247,7 @@ class _Compilation:
         Raises:
             CaptureError: another rank has compiled another step.
         """
-        plan = plan_of(step)
+        plan = step.result(Reductions).plan(step)
         if not plan or plan in self.state.plans:
             return
         for group, buckets in plan.items():

@@ -26,6 +26,7 @@ from .lower.compile import Lowered, assembled, settings_of
 from .options import Options
 from .passes import passes_for
 from .passes.pipeline import PassRecord
+from .passes.results import Checked
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ def warn_again(warned: Sequence[tuple[Warning, str, int]]) -> None:
 def columns_of(step: StepGraph) -> list[KeptColumn]:
     """The columns of the watch table of ``step``."""
     slots, columns = {node: slot for slot, node in step.slots.items()}, []
-    for mark in step.checked:
+    checked = step.result(Checked)
+    for mark in checked.gradients:
         leaf = step.gradients[mark].leaf
         name = step.gradients[mark].name if leaf is None else step.names[leaf]
-        sampled = step.tiny[mark][2] if mark in step.tiny else 0
+        sampled = checked.tiny[mark][2] if mark in checked.tiny else 0
         columns.append(KeptColumn(name, sampled, None if leaf is None else slots.get(leaf)))
     return columns
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import OptionError, nearest
-from .runtime.scale import DynamicLossScale, HeadroomLossScale, LossScale, StaticLossScale, parse_scale
+from .scaling import NAMED, LossScale, policy_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -19,6 +19,10 @@ ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "fl
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
 
 
 def _choice(*allowed: Any) -> tuple[Callable[[Any], bool], str]:
@@ -34,7 +38,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": (lambda v: v in DTYPES.values(), "float16, bfloat16 or float32, as a torch dtype or its name"),
     "loss_scale": (
         lambda v: v is None or isinstance(v, LossScale),
-        '"dynamic", "headroom", a number > 0 (static; also "128.0" or "2**7"), None or a LossScale object',
+        f'{", ".join(map(_quoted, NAMED))}, a number > 0 (static; also "128.0" or "2**7"), '
+        "None or a LossScale object",
     ),
     "max_norm": _positive,
     "norm_type": (lambda v: v == math.inf or (_number(v) and v == 2.0), "2.0 or inf"),
@@ -106,7 +111,9 @@ class Options:
         patterns = self.keep_fp32
         if isinstance(patterns, list):
             object.__setattr__(self, "keep_fp32", tuple(patterns))
-        object.__setattr__(self, "loss_scale", _loss_scale(self.loss_scale, dtype))
+        if isinstance(self.loss_scale, str) and self.loss_scale == "auto":
+            object.__setattr__(self, "loss_scale", "dynamic" if dtype is torch.float16 else None)
+        object.__setattr__(self, "loss_scale", policy_of(self.loss_scale))
         for name, (ok, allowed) in _RULES.items():
             value = getattr(self, name)
             if not ok(value):
@@ -141,6 +148,18 @@ class Options:
         return mesh.get_group() if hasattr(mesh, "get_group") else mesh
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """``dtype`` as the dtype it stands for."""
+        assert isinstance(self.dtype, torch.dtype), "dtype is resolved in __post_init__"
+        return self.dtype
+
+    @property
+    def sum_dtype(self) -> torch.dtype | None:
+        """``reduce_dtype`` as the dtype it stands for; None for the gradient's own."""
+        assert not isinstance(self.reduce_dtype, str), "reduce_dtype is resolved in __post_init__"
+        return self.reduce_dtype
+
+    @property
     def policy(self) -> LossScale | None:
         """``loss_scale`` as the object it stands for."""
         assert not isinstance(self.loss_scale, (str, float, int)), "loss_scale is resolved in __post_init__"
@@ -168,19 +187,6 @@ def _check_clipping(options: Options) -> None:
         raise OptionError(
             f"options adaptive_clip and {others[0]} are two thresholds for one gradient", hint=hint
         )
-
-
-def _loss_scale(value: Any, dtype: Any) -> Any:
-    if isinstance(value, str) and value == "auto":
-        return DynamicLossScale() if dtype is torch.float16 else None
-    if isinstance(value, str) and value == "dynamic":
-        return DynamicLossScale()
-    if isinstance(value, str) and value == "headroom":
-        return HeadroomLossScale()
-    value = parse_scale(value)
-    if _number(value):
-        return StaticLossScale(float(value))
-    return value
 
 
 def check_names(options: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},
-    "runtime": {"_torch", "errors", "ir.slots"},
-    "options": {"errors", "runtime"},
-    "passes": {"_torch", "clock", "ir", "analysis", "errors", "options", "runtime.scale", "runtime.watch"},
+    "scaling": {"errors", "ir"},
+    "runtime": {"_torch", "errors", "ir.slots", "scaling"},
+    "options": {"errors", "scaling"},
+    "passes": {"_torch", "clock", "ir", "analysis", "errors", "options", "runtime.watch", "scaling"},
     "lower": {"_torch", "analysis", "clock", "errors", "ir", "options"},
     "record": {"analysis", "passes"},
     "logs": {"record"},
@@ -49,9 +51,9 @@ ALLOWED: dict[str, set[str]] = {
         *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
     },
     "report": {"__init__", "analysis", "dry_run", "ir", "passes"},
-    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
+    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "scaling"},
     "loop": {"backend", "errors"},
-    "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime"},
+    "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime", "scaling"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 PRIVATE = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._guards", "torch._subclasses")
@@ -94,11 +96,75 @@ def test_private_torch_is_only_in_torch_folder(path: Path) -> None:
         assert not [n for n in names if n.startswith(PRIVATE)], f"{path.name} imports {names}"
 
 
+# What every backend uses, public in all but name: operators and their schemas, pytrees, a schema's types.
+KNOWN = {"_ops", "_schema", "_pytree", "OptionalType", "JitType"}
+# VIEWS is read off the schemas of all operators, in a folder that `_torch` itself imports.
+EXCEPT = {("ir/alias.py", "_jit_get_all_schemas")}
+NAMED_TUPLE = {"_fields", "_replace", "_asdict"}
+
+
+def test_private_attributes_are_only_in_torch_folder() -> None:
+    for path in OURS:
+        where = str(path.relative_to(ROOT))
+        found = {name for node in ast.walk(ast.parse(path.read_text())) for name in _private(node)}
+        found -= KNOWN | NAMED_TUPLE | {name for file, name in EXCEPT if file == where}
+        assert not found, f"{where} reads {found}"
+
+
+def test_which_names_are_private() -> None:
+    for text in (
+        "torch._C._set_grad_enabled(False)",
+        "optimizer._step_count",
+        "torch._C.Graph()",
+        "from torch.optim._functional import adam",
+        "getattr(kind, '_init_group')",
+        "tensor.untyped_storage()._cdata",
+    ):
+        assert [name for node in ast.walk(ast.parse(text)) for name in _private(node)], text
+    for text in ("self._running", "aten._to_copy.default", "torch.ops.prims._make_token", "sys._getframe()"):
+        assert not [name for node in ast.walk(ast.parse(text)) for name in _private(node)], text
+
+
+def _private(node: ast.AST) -> Iterator[str]:
+    """Private names of others that a node reads or imports."""
+    if isinstance(node, ast.Attribute):
+        parts = ast.unparse(node).split(".")
+        if parts[0] in ("aten", "prims") or parts[:2] in (["torch", "ops"], ["self", "edit"]):
+            return  # an operator's name
+        inner = parts[-2] == "_C" and node.attr[0] != "_"  # of torch._C all is private
+        own = node.attr in OWN or parts[0] == "sys" or node.attr == "_C" or node.attr.startswith("_fxpass")
+        if inner or (node.attr.startswith("_") and not node.attr.startswith("__") and not own):
+            yield node.attr
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+        if str(name).startswith("_") and not str(name).startswith(("__", "_fxpass")):
+            yield str(name)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        parts = (node.module or "").split(".")
+        yield from (p for p in parts if p.startswith("_") and not p.startswith("__"))
+
+
+def _defined(tree: ast.AST) -> Iterator[str]:
+    """Private names that a file of ours gives to what it defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) == "self":
+                yield node.attr
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+OURS = [p for p in FILES if p.relative_to(ROOT).parts[0] not in ("_torch", "integrations")]
+OWN = {name for path in OURS for name in _defined(ast.parse(path.read_text())) if name.startswith("_")}
+
+
 def test_a_pass_never_imports_another_pass() -> None:
     for path in (ROOT / "passes").glob("*.py"):
         if path.name == "__init__.py":
             continue
-        allowed = {"passes.base", "passes.norms"}  # norms: what the clip passes have in common
+        allowed = {"passes.base", "passes.results", "passes.norms"}  # norms: what the clips have in common
         found = [n for n in imports(path) if n.startswith("passes.") and n not in allowed]
         assert not found, f"{path.name} imports {found}"
 

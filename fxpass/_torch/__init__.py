@@ -36,7 +36,13 @@ from .kernels import few_programs as few_programs
 from .optimizer import get_value as get_value
 from .optimizer import has_own_step as has_own_step
 from .optimizer import has_step_hooks as has_step_hooks
+from .optimizer import init_group as init_group
 from .optimizer import note_step as note_step
+from .private import enter_autocast as enter_autocast
+from .private import exit_autocast as exit_autocast
+from .private import has_modes as has_modes
+from .private import set_grad_enabled as set_grad_enabled
+from .private import storage_id as storage_id
 from .ranks import fake_ranks as fake_ranks
 from .record import FrameRecord as FrameRecord
 from .record import LeafGrad as LeafGrad

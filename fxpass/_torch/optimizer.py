@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _get_value,
@@ -44,6 +48,11 @@ def has_own_step(optimizer: Optimizer) -> bool:
 def has_own_zero_grad(optimizer: Optimizer) -> bool:
     """Whether ``zero_grad`` is not torch's: overridden in a subclass, or replaced on the object."""
     return "zero_grad" in vars(optimizer) or type(optimizer).zero_grad is not Optimizer.zero_grad
+
+
+def init_group(optimizer: Optimizer) -> Callable[..., Any]:
+    """The method with which one of torch's optimizers makes the state of its parameters, undecorated."""
+    return inspect.unwrap(type(optimizer)._init_group)  # pyright: ignore[reportAttributeAccessIssue] - all have
 
 
 def note_step(optimizer: Optimizer) -> None:

@@ -37,4 +37,4 @@ def allowed_kernels(node: Node) -> set[str] | None:
     if node.target is not torch.nn.attention._sdpa_kernel:
         return None
     backends: Any = node.args[0]
-    return {n.args[0] if isinstance(n, Node) else SDPBackend(n).name for n in backends}
+    return {str(n.args[0]) if isinstance(n, Node) else SDPBackend(n).name for n in backends}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.graph import Role, StepGraph
+from ..ir.provenance import user_place
 from ..ir.sizes import expression, resolver
 from ..ir.unbacked import SIZES
 from .bounds import Bound, at_most, bounds
@@ -312,7 +313,7 @@ def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Ite
             s.phase,
             str(s.dtype).removeprefix("torch."),
             "x".join(map(str, s.shape)) or "scalar",
-            user_line(node),
+            user_place(node),
             s.size,
             0,
             s.birth,
@@ -338,13 +339,3 @@ def parameter_count(step: StepGraph) -> int:
     """Phi: elements of the parameters that the step's optimizers update."""
     weights = [n.meta["val"] for n, role in step.roles.items() if role is Role.PARAMETER]
     return sum(int(w.numel()) for w in weights)
-
-
-def user_line(node: Node) -> str:
-    """The last line of the user's code in a node's stack trace, ``file.py:12``."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line for line in trace.splitlines() if line.strip().startswith('File "')]
-    if not lines:
-        return ""
-    path, _, rest = lines[-1].strip().removeprefix('File "').partition('", line ')
-    return f"{path.replace(chr(92), '/').rpartition('/')[2]}:{rest.partition(',')[0]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch.fx import Node
 
 from ..ir.graph import Role, StepGraph, origin, phase
-from ..ir.text import type_text
+from ..ir.provenance import user_line
+from ..ir.text import arguments_text, line_text, op_text, type_text
 from .modules import module_names
 from .policy import colour_of
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 INPUT, OUTPUT = "input", "output"
 
 
@@ -50,7 +49,7 @@ class NodeView:
         if self.op == OUTPUT:
             return f"return {self.args}"
         notes = [self.phase, role or self.role, f"{self.made_by}: {self.reason}" if self.made_by else ""]
-        return f"{self.name}: {self.type} = {self.op}({self.args})  # {', '.join(n for n in notes if n)}"
+        return line_text(self.name, self.type, self.op, self.args, notes)
 
 
 @dataclass(frozen=True)
@@ -93,16 +92,6 @@ def view(step: StepGraph, point: str) -> GraphView:
     return GraphView(point, tuple(_node(step, n, names, modules) for n in step.graph.nodes))
 
 
-def user_line(node: Node) -> str:
-    """``file.py:12 in forward``: the innermost line of the user's code that made the node, or ""."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    theirs = [f for f in frames if "/torch/" not in f[0]]
-    if not (theirs or frames):
-        return ""
-    file, line, function = (theirs or frames)[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line} in {function}"
-
-
 def _names(step: StepGraph) -> dict[Node, str]:
     """The user's names of inputs; of two that are equal, the second keeps the graph's."""
     names = {n: n.name for n in step.graph.nodes}
@@ -119,15 +108,12 @@ def _names(step: StepGraph) -> dict[Node, str]:
 def _node(step: StepGraph, node: Node, names: dict[Node, str], modules: dict[Node, Any]) -> NodeView:
     value = node.meta.get("val")
     made = origin(node)
-    is_op = isinstance(node.target, torch._ops.OpOverload)
-    op = {"placeholder": INPUT, "output": OUTPUT}.get(node.op) or (
-        str(node.target) if is_op else getattr(node.target, "__name__", str(node.target))
-    )
+    op = {"placeholder": INPUT, "output": OUTPUT}.get(node.op) or op_text(node)
     colour = colour_of(node.target) if node.op == "call_function" else None
     return NodeView(
         name=names[node],
         op=op,
-        args=_args(node, names),
+        args="" if node.op == "placeholder" else arguments_text(node, names),
         inputs=tuple(names[n] for n in node.all_input_nodes),
         type=type_text(value),
         dtype=_dtype(value),
@@ -145,18 +131,3 @@ def _node(step: StepGraph, node: Node, names: dict[Node, str], modules: dict[Nod
 def _dtype(value: Any) -> str:
     values = value if isinstance(value, (list, tuple)) else [value]
     return next((str(v.dtype).removeprefix("torch.") for v in values if isinstance(v, torch.Tensor)), "")
-
-
-def _args(node: Node, names: dict[Node, str]) -> str:
-    if node.op == "placeholder":
-        return ""
-    parts = [_text(a, names) for a in node.args]
-    return ", ".join(parts + [f"{k}={_text(v, names)}" for k, v in node.kwargs.items()])
-
-
-def _text(value: Any, names: dict[Node, str]) -> str:
-    if isinstance(value, Node):
-        return names[value]
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_text(v, names) for v in value)}]"
-    return str(value)

@@ -11,11 +11,12 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from .. import _torch
 from ..errors import CaptureError, OptimizerError
 from ..ir.graph import Read
+from ..ir.provenance import frames_in, innermost
 from ..ir.slots import Slot
 from . import gradients
 from .breaks import Break
@@ -62,7 +63,7 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
     if not record.events and (by_hand := gradients.updated_by_hand(gm.graph)):
         hint = "leave the update to an optimizer (torch.optim.SGD, say): p.grad = g, then optimizer.step()"
         found = "a parameter is updated from its gradient by hand, where no step can be skipped"
-        raise CaptureError(found, where=_user_line(by_hand), hint=hint)
+        raise CaptureError(found, where=innermost(by_hand), hint=hint)
     escaping = _outputs_requiring_grad(gm, record)
     if escaping and not record.backwards:
         hint = (
@@ -156,8 +157,8 @@ class Compilations:
 def _failed_guard(reason: str) -> tuple[str, str]:
     """What Dynamo says of a guard that failed: ``len(history) == 7``, and the user's line that needs it."""
     guard = reason.splitlines()[0].partition("#")[0] if reason else ""
-    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', reason)
-    return re.sub(r"^[\d/ -]+:", "", guard).strip(), "{}:{} in {}".format(*lines[-1]) if lines else ""
+    where = [f"{frame.path}:{frame.line} in {frame.function}" for frame in frames_in(reason)]
+    return re.sub(r"^[\d/ -]+:", "", guard).strip(), where[-1] if where else ""
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
@@ -204,12 +205,7 @@ def _refuse_sparse(gm: GraphModule) -> None:
         if sparse is True:
             hint = "build the embedding with sparse=False"
             found = "an embedding with sparse=True makes sparse gradients"
-            raise CaptureError(found, where=_user_line(node), hint=hint)
-
-
-def _user_line(node: Node) -> str:
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    return " ".join(line.strip() for line in trace[-2:])
+            raise CaptureError(found, where=innermost(node), hint=hint)
 
 
 def device_of(optimizers: Sequence[torch.optim.Optimizer], inputs: Sequence[Any]) -> torch.device:

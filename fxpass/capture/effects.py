@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..errors import CaptureError
+from ..ir.provenance import innermost
 
 _TOKENS = (torch.ops.prims._make_token.default, torch.ops.prims._sink_tokens.default)
 
@@ -35,8 +36,7 @@ def _call_alone(graph: Graph, node: Node) -> None:
     token, target, *args = node.args
     if not isinstance(target, torch._ops.OpOverload) or not isinstance(token, Node):
         hint = "call it outside of the compiled step"
-        where = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
-        raise CaptureError(f"{target} has an effect", where=" ".join(s.strip() for s in where), hint=hint)
+        raise CaptureError(f"{target} has an effect", where=innermost(node), hint=hint)
     with graph.inserting_before(node):
         call = graph.call_function(target, tuple(args), node.kwargs)
     results: Any = node.meta["val"]

@@ -53,7 +53,7 @@ def text_of(captured: Captured, names: Mapping[str, str]) -> str:
     Raises:
         Unspeakable: it has none.
     """
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+    if _torch.has_modes():
         raise Unspeakable("a mode that torch functions go through is active")
     lines = [_say(names), *_graph(captured), *map(_event, captured.events)]
     rest = (captured.gradients, captured.writes, captured.kept, captured.outputs, captured.handed_over)
@@ -109,7 +109,7 @@ def _input(value: Any, storages: dict[int, int]) -> str:
         return ""
     if not isinstance(value, Tensor):
         raise Unspeakable(f"an input is a {type(value).__name__}, which may change")
-    number = storages.setdefault(value.untyped_storage()._cdata, len(storages))
+    number = storages.setdefault(_torch.storage_id(value), len(storages))
     return f"{_say(value)} {number}"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import _torch
 from ..errors import OptimizerError
 from ..ir.slots import Slot
 from . import counters
@@ -130,7 +131,7 @@ def _present(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _initial_state_of_torch(optimizer: Optimizer, slot: Slot, where: str) -> dict[str, Any]:
-    init_group = inspect.unwrap(getattr(type(optimizer), "_init_group"))  # noqa: B009 - not of every Optimizer
+    init_group = _torch.init_group(optimizer)
     proxy = slot.read(optimizer).detach()
     proxy.grad = torch.zeros((), dtype=proxy.dtype, device=proxy.device).expand(proxy.shape)
     settings = {**slot.of_group(optimizer.param_groups), "params": [proxy]}

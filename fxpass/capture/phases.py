@@ -29,7 +29,7 @@ def declare(graph: Graph, differentiated: Container[Node]) -> None:
     """Annotate the operations of Dynamo's graph; ``differentiated``: those that a backward may reach."""
     enabled, steps = True, 0
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is _torch.set_grad_enabled:
             enabled = bool(node.args[0])
         values = _flat(node.meta.get("example_value"))
         followed = enabled and any(isinstance(v, Tensor) and v.requires_grad for v in values)

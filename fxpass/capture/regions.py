@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Graph, Node
 
 from .. import _torch
@@ -19,9 +18,9 @@ def _annotate_autocast(graph: Graph) -> None:
     """Where the user switched autocast off, nodes stay in float32."""
     stack: list[bool] = []
     for node in graph.nodes:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is _torch.enter_autocast:
             stack.append(bool(node.args[2]))
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is _torch.exit_autocast:
             stack.pop()
         elif stack and not stack[-1]:
             _tag(node, FP32)

@@ -28,13 +28,13 @@ def hide_writes(graph: Graph) -> None:
     """Wrap each in-place operation none of whose operands requires grad in no_grad."""
     enabled = torch.is_grad_enabled()  # as the frame was entered
     for node in list(graph.nodes):
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is _torch.set_grad_enabled:
             enabled = bool(node.args[0])
         elif enabled and written(node) and not any(_requires_grad(n) for n in node.all_input_nodes):
             with graph.inserting_before(node):
-                graph.call_function(torch._C._set_grad_enabled, (False,))
+                graph.call_function(_torch.set_grad_enabled, (False,))
             with graph.inserting_after(node):
-                graph.call_function(torch._C._set_grad_enabled, (True,))
+                graph.call_function(_torch.set_grad_enabled, (True,))
 
 
 def written(node: Node) -> list[Node]:
@@ -54,7 +54,7 @@ def storages(node: Node) -> set[int]:
     """The storages that a value of Dynamo's graph lies in."""
     values = _flat(node.meta.get("example_value"))
     tensors = (v for v in values if isinstance(v, Tensor) and not (v.is_sparse or _torch.is_wrapped(v)))
-    return {v.untyped_storage()._cdata for v in tensors}
+    return {_torch.storage_id(v) for v in tensors}
 
 
 def _inplace(node: Node) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
+from .. import scaling
 from ..dry_run import LARGE, fake_ranks
 from ..errors import OptionError
 from ..options import _RULES, Options
 from ..report.memory import AUTO, GRAPH, NOTES, PROGRAM
-from ..runtime import scale
 from .errors import UsageProblem
 
 Command = Callable[..., Any]
@@ -53,15 +53,15 @@ def parse(name: str, text: str) -> Any:
 
 
 def _scale_object(name: str, text: str) -> Any:
-    """``DynamicLossScale(init_scale=1024)``, for the classes of fxpass/runtime/scale.py."""
+    """``DynamicLossScale(init_scale=1024)``, for the classes of fxpass/scaling/."""
     try:
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call)
         assert isinstance(call.func, ast.Name)
-        cls = getattr(scale, call.func.id)
+        cls = getattr(scaling, call.func.id)
         args = [ast.literal_eval(a) for a in call.args]
         made = cls(*args, **{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
-        assert isinstance(made, scale.LossScale)
+        assert isinstance(made, scaling.LossScale)
         return made
     except OptionError:
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,6 +20,7 @@ from .marks import MARK, SEED
 from .slots import Slot
 
 aten = torch.ops.aten
+_Left = TypeVar("_Left")
 
 FP32 = "fxpass_fp32"  # autocast is off there
 NO_FLASH = "fxpass_no_flash"  # ``sdpa_kernel`` allows no flash attention there
@@ -101,24 +102,12 @@ class StepGraph:
     # outputs that are gradients left in .grad for others, each with the .grad it adds to, if there was one
     handed_over: list[tuple[int, Node | None]] = field(default_factory=list)
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
-    # set by check_finite, by optimizer event: a 0-d bool, true if the event must be skipped
-    found_inf: dict[int, Node] = field(default_factory=dict)
-    # set by check_finite, by GRAD mark: the 0-d float64 sum of squares of the stored gradient
-    square_sums: dict[Node, Node] = field(default_factory=dict)
-    # set by check_finite, by GRAD mark: the 0-d largest magnitude of the stored gradient
-    largest: dict[Node, Node] = field(default_factory=dict)
-    # set by check_finite, by GRAD mark in float16, of a sample of its elements: how many are below
-    # float16's normal numbers, how many of those are zero (both 0-d float32), and the sample's size
-    tiny: dict[Node, tuple[Node, Node, int]] = field(default_factory=dict)
-    # set by grad_norm: the 0-d global norm before clipping, float32 (float64 with float64 gradients)
-    grad_norm: Node | None = None
-    checked: list[Node] = field(default_factory=list)  # set by check_finite: GRAD marks, in backward's order
-    # set by check_finite, by READ mark: the GRAD marks behind it
-    sources: dict[Node, set[Node]] = field(default_factory=dict)
-    # set by check_finite, by READ mark: the 0-d values whose finiteness decides about its update
-    deciding: dict[Node, list[Node]] = field(default_factory=dict)
-    clipped: Node | None = None  # set by the clip passes: a 0-d bool, whether one of them acted
-    written: dict[str, Node] = field(default_factory=dict)  # new value of a scaler input, by field name
+    # by type, what passes have left for later ones (passes/results.py)
+    results: dict[type[Any], Any] = field(default_factory=dict)
+
+    def result(self, kind: type[_Left]) -> _Left:
+        """What has been left of this type; to be filled in by the pass that ensures it, empty until then."""
+        return self.results.setdefault(kind, kind())
 
     @property
     def graph(self) -> torch.fx.Graph:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,22 +31,44 @@ def type_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def node_text(node: Node) -> str:
-    """One node: ``name: type = op(arguments)  # phase, pass: reason``."""
-    if node.op == "placeholder":
-        return f"{node.name}: {type_text(node.meta.get('val'))}"
-    if node.op == "output":
-        return f"return {node.args[0]}"
-    target = (
-        str(node.target)
-        if isinstance(node.target, torch._ops.OpOverload)
-        else getattr(node.target, "__name__", "?")
+def op_text(node: Node) -> str:
+    """``aten.mm.default``; of a function of Python's its name."""
+    target = node.target
+    return (
+        str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
     )
-    arguments = [str(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()]
+
+
+def arguments_text(node: Node, names: Mapping[Node, str] = MappingProxyType({})) -> str:
+    """What a node reads, by ``names`` where they differ from the graph's."""
+    parts = [_argument(a, names) for a in node.args]
+    return ", ".join(parts + [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()])
+
+
+def _argument(value: Any, names: Mapping[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names.get(value, value.name)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(v, names) for v in value)}]"
+    return str(value)
+
+
+def line_text(name: str, kind: str, op: str, arguments: str, notes: Iterable[str]) -> str:
+    """The text form of a node: ``name: type = op(arguments)  # phase, pass: reason``."""
+    return f"{name}: {kind} = {op}({arguments})  # {', '.join(filter(None, notes))}"
+
+
+def node_text(node: Node) -> str:
+    """One node, by the graph's names."""
+    kind, arguments = type_text(node.meta.get("val")), arguments_text(node)
+    if node.op == "placeholder":
+        return f"{node.name}: {kind}"
+    if node.op == "output":
+        return f"return {arguments}"
     made = origin(node)
-    note = node.meta["fxpass_phase"].value if "fxpass_phase" in node.meta else ""
-    note += f", {made.pass_name}: {made.reason}" if made else ""
-    return f"{node.name}: {type_text(node.meta.get('val'))} = {target}({', '.join(arguments)})  # {note}"
+    when = node.meta["fxpass_phase"].value if "fxpass_phase" in node.meta else ""
+    notes = (when, f"{made.pass_name}: {made.reason}" if made else "")
+    return line_text(node.name, kind, op_text(node), arguments, notes)
 
 
 def to_text(step: StepGraph) -> str:

@@ -23,9 +23,9 @@ from ..analysis.memory import (
     parameter_count,
     scratch_tensor,
     sized,
-    user_line,
 )
 from ..ir.graph import StepGraph, phase
+from ..ir.provenance import user_place
 from ..ir.sizes import storage_bytes
 
 ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "after", "output")
@@ -73,7 +73,7 @@ def _facts_of(step: StepGraph) -> Facts:
     return Facts(
         roles,
         {n.name: phase(n).value for n in step.graph.nodes},
-        {n.name: user_line(n) for n in step.graph.nodes},
+        {n.name: user_place(n) for n in step.graph.nodes},
         tuple(inputs),
         parameter_count(step),
         Symbols.of(step),

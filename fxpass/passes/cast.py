@@ -32,6 +32,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, origin, phase, source, tensor
 from ..ir.marks import AVERAGE, GRAD, MARK, SEED
 from .base import GraphPass
+from .results import ScaledSeeds
 
 aten = torch.ops.aten
 Choice = Callable[[Node, str], "torch.dtype | None"]
@@ -52,6 +53,7 @@ class Cast(GraphPass):
     """
 
     name: ClassVar[str] = "cast"
+    uses: ClassVar = (ScaledSeeds,)
     dtype: torch.dtype = torch.float16
     keep_fp32: tuple[str, ...] = ()
 
@@ -70,6 +72,7 @@ class _Caster:
         self.step, self.edit = step, edit
         self.memo: dict[tuple[Node, torch.dtype, int | None], Node] = {}
         self.original = {n: tensor(n).dtype for n in step.graph.nodes if is_float(n)}
+        self.scaled = step.result(ScaledSeeds).wide
         self.weights = self._weights()
         self.kept = nodes_kept(step, settings.keep_fp32)
         self.delicate = delicate(step, self.low)
@@ -147,9 +150,8 @@ class _Caster:
 
     def _visit_mark(self, node: Node) -> None:
         grad = source(node)
-        if node.args[1] == SEED and (made := origin(grad)) is not None and is_cast(grad, torch.float16):
-            if made.pass_name == "scale_loss":  # whose product with the scale overflows in the user's float16
-                self.edit.set_arg(node, 0, source(grad))
+        if node.args[1] == SEED and grad in self.scaled and is_cast(grad, torch.float16):
+            self.edit.set_arg(node, 0, self.scaled[grad])  # the product overflows in the user's float16
             return
         if node.args[1] == GRAD and grad.target is not AVERAGE:
             self._store(node)

@@ -12,9 +12,10 @@ from torch.fx import Node
 from ..analysis.updates import gradients_before, gradients_behind
 from ..ir.alias import is_view
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, is_float, origin, phase, seed_losses, source, tensor
+from ..ir.graph import Phase, StepGraph, is_float, phase, seed_losses, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
 from .base import GraphPass
+from .results import Checked, Unscaled
 
 aten = torch.ops.aten
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
@@ -42,44 +43,47 @@ class CheckFinite(GraphPass):
     """
 
     name: ClassVar[str] = "check_finite"
+    uses: ClassVar = (Unscaled,)
+    ensures: ClassVar = (Checked,)
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         if not step.trains:
             edit.decline("no optimizer step")
             return
-        step.sources = {read.mark: set(gradients_behind({read.mark})) for read in step.reads}
-        before = {read: gradients_before(marks) for read, marks in step.sources.items()}
-        read_by_any = set[Node]().union(*step.sources.values(), *before.values())
+        checked = step.result(Checked)
+        checked.sources = {read.mark: set(gradients_behind({read.mark})) for read in step.reads}
+        before = {read: gradients_before(marks) for read, marks in checked.sources.items()}
+        read_by_any = set[Node]().union(*checked.sources.values(), *before.values())
         born = _born(step)
         for mark in step.marks(GRAD):
             if mark in read_by_any and tensor(mark).numel() != 0:
-                self._reduce(step, edit, mark)
-        step.checked = sorted(step.largest, key=born.__getitem__)
-        self._decide(step, edit, before)
+                self._reduce(checked, edit, mark)
+        checked.gradients = sorted(checked.largest, key=born.__getitem__)
+        self._decide(step, edit, checked, before)
 
-    def _decide(self, step: StepGraph, edit: Editor, before: dict[Node, set[Node]]) -> None:
+    def _decide(self, step: StepGraph, edit: Editor, checked: Checked, before: dict[Node, set[Node]]) -> None:
         """Combine what was reduced to one verdict per optimizer.
 
         ``before``: gradients that a read depends on by way of a later forward, which may hide their overflow.
         """
         stored: dict[Node, list[Node]] = {}
         edited: dict[Node, list[Node]] = {}
-        suspects = _Suspects(step, edit)
-        order = {mark: number for number, mark in enumerate(step.largest)}
-        for read, marks in step.sources.items():
+        suspects = _Suspects(step, edit, checked)
+        order = {mark: number for number, mark in enumerate(checked.largest)}
+        for read, marks in checked.sources.items():
             ordered = sorted(marks & order.keys(), key=order.__getitem__)
-            if _is_edited(read):
+            if _is_edited(read, step.result(Unscaled)):
                 stored[read] = [value for mark in ordered if (value := suspects.of(mark)) is not None]
                 edited[read] = [_largest(edit, read)]
             else:
-                stored[read] = [step.largest[mark] for mark in ordered]
-            earlier = [mark for mark in step.gradients if mark in before[read] and mark in step.largest]
+                stored[read] = [checked.largest[mark] for mark in ordered]
+            earlier = [mark for mark in step.gradients if mark in before[read] and mark in checked.largest]
             stored[read] += [value for mark in earlier if (value := suspects.of(mark)) is not None]
-            step.deciding[read] = stored[read] + edited.get(read, [])
+            checked.deciding[read] = stored[read] + edited.get(read, [])
         event_of = {read.mark: read.event for read in step.reads}
         verdicts: dict[tuple[Node, ...], Node] = {}
         for event, backwards in enumerate(step.backwards_before):
-            reads = [read for read in step.sources if step.backwards_before[event_of[read]] <= backwards]
+            reads = [read for read in checked.sources if step.backwards_before[event_of[read]] <= backwards]
             values = [value for read in reads for value in stored[read]]
             # an edit before a later optimizer's step may come after this one's
             values += [value for read in reads if event_of[read] <= event for value in edited.get(read, [])]
@@ -88,9 +92,9 @@ class CheckFinite(GraphPass):
                 # without a value: gradients without elements, before any other
                 with edit.after(edit.last(values or [r.mark for r in step.reads if r.event == event])):
                     verdicts[tuple(values)] = _any_non_finite(step, edit, values)
-            step.found_inf[event] = verdicts[tuple(values)]
+            checked.found_inf[event] = verdicts[tuple(values)]
 
-    def _reduce(self, step: StepGraph, edit: Editor, mark: Node) -> None:
+    def _reduce(self, checked: Checked, edit: Editor, mark: Node) -> None:
         """Insert the reductions of one gradient."""
 
         def call(target: Any, *args: Any) -> Node:
@@ -103,20 +107,20 @@ class CheckFinite(GraphPass):
             wide = torch.float32
         with edit.after(mark):
             value = edit.cast(mark, narrow, when=Phase.CHECK, reason="reduce in float32")
-            step.largest[mark] = call(aten.amax.default, call(aten.abs.default, value), [])
+            checked.largest[mark] = call(aten.amax.default, call(aten.abs.default, value), [])
             value = edit.cast(value, wide, when=Phase.CHECK, reason="squares may not fit into float32")
             total = call(aten.sum.default, call(aten.mul.Tensor, value, value))
             total = edit.cast(total, torch.float64, when=Phase.CHECK, reason="sums add up in float64")
-            step.square_sums[mark] = total
+            checked.square_sums[mark] = total
             if dtype is torch.float16:
-                step.tiny[mark] = _count_tiny(edit, mark)
+                checked.tiny[mark] = _count_tiny(edit, mark)
 
 
 class _Suspects:
     """Magnitudes of the gradients that the loss scale may have made overflow, 0 for the others."""
 
-    def __init__(self, step: StepGraph, edit: Editor) -> None:
-        self.step, self.edit = step, edit
+    def __init__(self, step: StepGraph, edit: Editor, checked: Checked) -> None:
+        self.step, self.edit, self.largest = step, edit, checked.largest
         narrow = (is_float(n) and tensor(n).dtype is torch.float16 for n in _backward_nodes(step))
         self.possible = "scale" in step.scaler and any(narrow)
         losses = seed_losses(step)
@@ -129,8 +133,8 @@ class _Suspects:
         if not self.possible or backward is None:
             return None
         cleared = self._is_cleared(backward)
-        with self.edit.after(self.edit.last((cleared, self.step.largest[mark]))):
-            return self._call(aten.where.ScalarSelf, cleared, 0.0, self.step.largest[mark])
+        with self.edit.after(self.edit.last((cleared, self.largest[mark]))):
+            return self._call(aten.where.ScalarSelf, cleared, 0.0, self.largest[mark])
 
     def _is_cleared(self, backward: int) -> Node:
         """Whether an overflow of this backward() is none of the scale's making: 0-d bool."""
@@ -161,21 +165,20 @@ def _largest(edit: Editor, read: Node) -> Node:
         return call(aten.amax.default, call(aten.abs.default, source(read)), [])
 
 
-def _is_edited(read: Node) -> bool:
+def _is_edited(read: Node, unscaled: Unscaled) -> bool:
     """Whether an optimizer reads more than gradients as they left backward, unscaled and added up."""
     if tensor(read).numel() == 0:
         return False
     stack = [source(read)]
     while stack:
         node = stack.pop()
-        made = origin(node)
         if (node.target is MARK and node.args[1] == GRAD) or node.target is aten.zeros_like.default:
             continue
         if node.target is aten.add.Tensor and not node.kwargs:
             stack += node.all_input_nodes
         elif is_view(node) or node.target is aten.clone.default or _widens(node):
             stack.append(source(node))
-        elif made is not None and made.pass_name == "unscale":
+        elif node in unscaled.values:
             stack.append(source(node))
         else:
             return True

@@ -9,9 +9,10 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Read, StepGraph, origin, source, tensor
+from ..ir.graph import Phase, Read, StepGraph, source, tensor
 from .base import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
+from .results import Checked, Clipped, GlobalNorm, Unscaled
 
 aten = torch.ops.aten
 EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
@@ -32,6 +33,9 @@ class Clip(GraphPass):
     """
 
     name: ClassVar[str] = "clip"
+    requires: ClassVar = (Checked,)
+    uses: ClassVar = (Unscaled, GlobalNorm)
+    ensures: ClassVar = (Clipped,)
     max_norm: float | None = None
     norm_type: float = 2.0
     clip_per: str = "global"
@@ -41,7 +45,7 @@ class Clip(GraphPass):
             edit.decline("max_norm is None")
             return
         reads = reads_with_elements(step)
-        if not step.found_inf or not reads:
+        if not step.result(Checked).found_inf or not reads:
             edit.decline("no gradient reaches an optimizer")
             return
         norms = Norms(step, edit, f"clip by norm {self.max_norm} per {self.clip_per}")
@@ -82,9 +86,8 @@ class Clip(GraphPass):
 
     def _norm(self, norms: Norms, reads: list[Node]) -> Node:
         """The reported norm if it is the one asked for: all gradients, unchanged."""
-        made = [origin(source(read)) for read in reads]
-        changed = any(m is not None and m.pass_name != "unscale" for m in made)
-        reported = norms.step.grad_norm
-        if reported is not None and not changed and len(reads) == len(reads_with_elements(norms.step)):
-            return reported
+        reported = norms.step.result(GlobalNorm)
+        same = reported.of == {read: source(read) for read in reads} and reported.norm_type == self.norm_type
+        if reported.norm is not None and same:
+            return reported.norm
         return norms.total(reads, self.norm_type)

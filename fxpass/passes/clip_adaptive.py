@@ -13,6 +13,7 @@ from ..ir.graph import Phase, StepGraph, source
 from ..ir.slots import Slot
 from .base import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
+from .results import Checked, Clipped, Unscaled
 
 aten = torch.ops.aten
 MIN_PARAMETER = 1e-3  # the paper's epsilon: a row of zeros may still move
@@ -31,6 +32,9 @@ class ClipAdaptive(GraphPass):
     """
 
     name: ClassVar[str] = "clip_adaptive"
+    requires: ClassVar = (Checked,)
+    uses: ClassVar = (Unscaled,)
+    ensures: ClassVar = (Clipped,)
     adaptive_clip: float | None = None
 
     def run(self, step: StepGraph, edit: Editor) -> None:
@@ -38,7 +42,7 @@ class ClipAdaptive(GraphPass):
             edit.decline("adaptive_clip is None")
             return
         reads = reads_with_elements(step)
-        if not step.found_inf or not reads:
+        if not step.result(Checked).found_inf or not reads:
             edit.decline("no gradient reaches an optimizer")
             return
         norms = Norms(step, edit, f"clip rows to {self.adaptive_clip} of the parameter's norm")

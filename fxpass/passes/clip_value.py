@@ -12,6 +12,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source
 from .base import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
+from .results import Checked, Clipped, Unscaled
 
 aten = torch.ops.aten
 
@@ -25,6 +26,9 @@ class ClipValue(GraphPass):
     """
 
     name: ClassVar[str] = "clip_value"
+    requires: ClassVar = (Checked,)
+    uses: ClassVar = (Unscaled,)
+    ensures: ClassVar = (Clipped,)
     clip_value: float | None = None
 
     def run(self, step: StepGraph, edit: Editor) -> None:
@@ -32,7 +36,7 @@ class ClipValue(GraphPass):
             edit.decline("clip_value is None")
             return
         reads = [read.mark for read in reads_with_elements(step)]
-        if not step.found_inf or not reads:
+        if not step.result(Checked).found_inf or not reads:
             edit.decline("no gradient reaches an optimizer")
             return
         reason = f"clip by value {self.clip_value}"

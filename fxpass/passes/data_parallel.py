@@ -16,11 +16,11 @@ from ..ir.edit import Editor
 from ..ir.graph import StepGraph, phase, source, tensor
 from ..ir.marks import AVERAGE
 from .base import GraphPass
+from .results import Reductions
 
 aten = torch.ops.aten
 collectives: Any = torch.ops._c10d_functional
 REASON = "the mean over the ranks"
-REDUCES = "fxpass_reduces"  # whose gradients a bucket holds
 _MB = 2**20
 
 
@@ -38,6 +38,7 @@ class DataParallel(GraphPass):
     """
 
     name: ClassVar[str] = "data_parallel"
+    ensures: ClassVar = (Reductions,)
     bucket_mb: float = 25.0
     reduce_dtype: torch.dtype | None = None
 
@@ -48,7 +49,7 @@ class DataParallel(GraphPass):
             born = sorted(of_one, key=lambda n: order[source(n)])
             for dtype in dict.fromkeys(tensor(n).dtype for n in born):
                 for bucket in self._buckets([n for n in born if tensor(n).dtype == dtype], order):
-                    self._reduce(edit, bucket)
+                    self._reduce(edit, bucket, step.result(Reductions).buckets)
 
     def _buckets(self, means: list[Node], order: dict[Node, int]) -> Iterator[list[Node]]:
         """Runs of gradients of one dtype, each at most ``bucket_mb`` large or a single one.
@@ -69,7 +70,7 @@ class DataParallel(GraphPass):
         if bucket:
             yield bucket
 
-    def _reduce(self, edit: Editor, bucket: list[Node]) -> None:
+    def _reduce(self, edit: Editor, bucket: list[Node], reduced: dict[Node, tuple[str, ...]]) -> None:
         _, group, ranks, *_ = bucket[0].args
         grads = [source(node) for node in bucket]
         when = phase(bucket[0])
@@ -87,7 +88,7 @@ class DataParallel(GraphPass):
                 filled = edit.cast(filled, self.reduce_dtype, when=when, reason=REASON)
             shares = call(aten.mul.Tensor, filled, 1.0 / ranks)
             started = call(collectives.all_reduce.default, shares, "sum", group)
-            started.meta[REDUCES] = tuple(f"{n.args[4]}{list(tensor(n).shape)}" for n in bucket)
+            reduced[started] = tuple(f"{n.args[4]}{list(tensor(n).shape)}" for n in bucket)
         with edit.before(first):
             done = call(collectives.wait_tensor.default, started)
             done = edit.cast(done, tensor(bucket[0]).dtype, when=when, reason=REASON)
@@ -98,13 +99,3 @@ class DataParallel(GraphPass):
                 mean = call(aten.view.default, part, list(tensor(node).shape))
                 edit.replace_uses(node, mean)
                 edit.erase(node)
-
-
-def plan_of(step: StepGraph) -> dict[str, list[str]]:
-    """What the step reduces, in order, by the name of the process group: the same on every rank, or else."""
-    plan: dict[str, list[str]] = {}
-    for node in step.graph.nodes:
-        if REDUCES in node.meta:
-            text = f"{', '.join(node.meta[REDUCES])} in {tensor(node).dtype}"
-            plan.setdefault(str(node.args[2]), []).append(text)
-    return plan

@@ -11,7 +11,9 @@ from torch.fx import Node
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 from ..runtime.watch import REPORT, WATCH, Report, Row
-from .base import GraphPass, Writer
+from ..scaling.writer import Writer
+from .base import GraphPass
+from .results import Checked, NextScale
 
 aten = torch.ops.aten
 
@@ -25,9 +27,10 @@ class Diagnose(GraphPass):
     """
 
     name: ClassVar[str] = "diagnose"
+    requires: ClassVar = (Checked, NextScale)
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        if not step.checked or WATCH not in step.scaler:
+        if not step.result(Checked).gradients or WATCH not in step.scaler:
             edit.decline("no gradient was checked")
             return
         scaler = set(step.scaler.values())
@@ -42,7 +45,8 @@ class Diagnose(GraphPass):
 
     def _magnitudes(self, out: Writer) -> Node:
         """The largest magnitude of each checked gradient, unscaled: [gradients] float64."""
-        values = [out.cast(out.step.largest[mark], torch.float64) for mark in out.step.checked]
+        checked = out.step.result(Checked)
+        values = [out.cast(checked.largest[mark], torch.float64) for mark in checked.gradients]
         now = out.op(aten.stack.default, values)
         if "scale" not in out.step.scaler:
             return now
@@ -51,9 +55,9 @@ class Diagnose(GraphPass):
     def _write_table(self, out: Writer, now: Node, bad: Node) -> None:
         step = out.step
         table = step.scaler[WATCH]
-        count = len(step.checked)
+        count = len(step.result(Checked).gradients)
         old = {row: self._old(out, table, row, count) for row in Row}
-        number = out.cast(step.written["steps"], torch.float64)
+        number = out.cast(step.result(NextScale).written["steps"], torch.float64)
         first = out.op(aten.logical_and.default, bad, out.op(aten.eq.Scalar, old[Row.FIRST_STEP], 0.0))
         new = {
             Row.LARGEST: now,
@@ -79,12 +83,13 @@ class Diagnose(GraphPass):
         step = out.step
         device = tensor(step.scaler[WATCH]).device
         nothing = out.op(aten.full.default, [], 0.0, dtype=torch.float32, device=device)
-        values = [step.tiny[mark][which] if mark in step.tiny else nothing for mark in step.checked]
-        return out.cast(out.op(aten.stack.default, values), torch.float64)
+        gradients, tiny = step.result(Checked).gradients, step.result(Checked).tiny
+        counts = [tiny[mark][which] if mark in tiny else nothing for mark in gradients]
+        return out.cast(out.op(aten.stack.default, counts), torch.float64)
 
     def _write_report(self, out: Writer, now: Node, bad: Node) -> None:
         """See ``fxpass.runtime.watch.Report``."""
-        written, read = out.step.written, out.step.scaler
+        written, read = out.step.result(NextScale).written, out.step.scaler
         number = out.cast(written["steps"], torch.float64)
         column = out.op(aten.argmax.default, out.cast(bad, torch.int64))
         none = out.op(aten.logical_not.default, out.op(aten.any.default, bad))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.edit import Editor
-from ..ir.graph import StepGraph
+from ..ir.graph import StepGraph, source
 from .base import GraphPass
 from .norms import Norms, reads_with_elements
+from .results import Checked, GlobalNorm, Unscaled
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,17 @@ class GradNorm(GraphPass):
     """
 
     name: ClassVar[str] = "grad_norm"
+    requires: ClassVar = (Checked,)
+    uses: ClassVar = (Unscaled,)
+    ensures: ClassVar = (GlobalNorm,)
     norm_type: float = 2.0
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         reads = [read.mark for read in reads_with_elements(step)]
-        if not step.found_inf or not reads:
+        if not step.result(Checked).found_inf or not reads:
             edit.decline("no gradient reaches an optimizer")
             return
         norms = Norms(step, edit, "global norm before clipping")
-        step.grad_norm = norms.total(reads, self.norm_type)
+        reported = step.result(GlobalNorm)
+        reported.norm, reported.norm_type = norms.total(reads, self.norm_type), self.norm_type
+        reported.of = {read: source(read) for read in reads}

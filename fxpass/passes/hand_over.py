@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 from .base import GraphPass
+from .results import Checked
 
 aten = torch.ops.aten
 REASON = "nobody outside of the step checks for the loss scale's overflow"
@@ -26,14 +27,15 @@ class HandOver(GraphPass):
     """
 
     name: ClassVar[str] = "hand_over"
+    requires: ClassVar = (Checked,)
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        if not step.found_inf or not step.handed_over:
+        if not step.result(Checked).found_inf or not step.handed_over:
             edit.decline("no gradient leaves the step")
             return
         output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
         results = list(output.args[0])
-        skipped = step.found_inf[max(step.found_inf)]
+        skipped = step.result(Checked).last
         for position, before in step.handed_over:
             grad = results[position]
             if isinstance(grad, Node) and tensor(grad).numel() != 0:

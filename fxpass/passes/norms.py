@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Read, StepGraph, origin, source, tensor
+from ..ir.graph import Phase, Read, StepGraph, source, tensor
 from ..ir.marks import GRAD, MARK
+from .results import Checked, Clipped, Unscaled
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class Norms:
 
     def __init__(self, step: StepGraph, edit: Editor, reason: str) -> None:
         self.step, self.edit, self.reason = step, edit, reason
+        self.checked, self.unscaled = step.result(Checked), step.result(Unscaled)
         self._inverse: Node | None = None
 
     def call(self, target: Any, *args: object, **kwargs: Any) -> Node:
@@ -82,16 +84,16 @@ class Norms:
     def _square_sum(self, read: Node) -> tuple[Node, bool]:
         """0-d float64, and whether it is still scaled."""
         stored, scaled = self._stored(read)
-        if stored in self.step.square_sums:
-            return self.step.square_sums[stored], scaled
+        if stored in self.checked.square_sums:
+            return self.checked.square_sums[stored], scaled
         with self.edit.before(read):
             return self.cast(self.call(aten.sum.default, self._square(stored)), torch.float64), scaled
 
     def _largest(self, read: Node) -> tuple[Node, bool]:
         """The largest magnitude, 0-d float32 or float64, and whether it is still scaled."""
         stored, scaled = self._stored(read)
-        if stored in self.step.largest:
-            return self.step.largest[stored], scaled
+        if stored in self.checked.largest:
+            return self.checked.largest[stored], scaled
         with self.edit.before(read):
             largest = self.call(aten.amax.default, self.call(aten.abs.default, stored))
             return self.cast(largest, _float(stored)), scaled
@@ -102,7 +104,7 @@ class Norms:
         And whether what is returned is scaled.
         """
         node = source(read)
-        if node.target is aten.mul.Tensor and (made := origin(node)) and made.pass_name == "unscale":
+        if node in self.unscaled.values:
             node = source(node)
         if node.target is aten._to_copy.default:
             node = source(node)
@@ -127,12 +129,13 @@ def _float(x: Node) -> torch.dtype:
 def note_clipped(norms: Norms, values: Sequence[Node], limit: float) -> None:
     """Count the step as clipped if one of the 0-d ``values`` is finite and above ``limit``."""
     step, edit = norms.step, norms.edit
+    clipped = step.result(Clipped)
     output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
     with edit.before(output):
         stacked = norms.call(aten.stack.default, [norms.cast(v, torch.float32) for v in values])
         above = norms.call(aten.gt.Scalar, stacked, limit)
         finite = norms.call(aten.isfinite.default, stacked)
         acted = norms.call(aten.any.default, norms.call(aten.logical_and.default, above, finite))
-        if step.clipped is not None:
-            acted = norms.call(aten.logical_or.default, step.clipped, acted)
-    step.clipped = acted
+        if clipped.acted is not None:
+            acted = norms.call(aten.logical_or.default, clipped.acted, acted)
+    clipped.acted = acted

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..clock import stage
+from ..errors import VerifyError
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph
 from ..ir.verify import verify
@@ -20,8 +21,8 @@ class PassRecord:
     name: str
     inserted: int
     removed: int
-    declined: tuple[str, ...]
     seconds: float
+    declined: tuple[str, ...]
 
 
 def run_pipeline(
@@ -34,8 +35,10 @@ def run_pipeline(
     """Apply ``passes`` to ``step`` in place; verify after each if ``check``.
 
     Raises:
-        VerifyError: a pass left an illegal graph; names the pass and the node.
+        VerifyError: a pass left an illegal graph, and names the pass and the node; or it left what it
+            ensures wrong, or stands before a pass that leaves what it reads.
     """
+    check_order(passes)
     records = []
     for graph_pass in passes:
         start = time.process_time()
@@ -45,9 +48,34 @@ def run_pipeline(
         if check:
             with stage("verify"):
                 verify(step, graph_pass.name, edit.unproven())
+                _check_results(step, graph_pass)
         records.append(
-            PassRecord(graph_pass.name, len(edit.inserted), edit.removed, tuple(edit.declined), seconds)
+            PassRecord(graph_pass.name, len(edit.inserted), edit.removed, seconds, tuple(edit.declined))
         )
         after_each(graph_pass.name, step)
     step.graph.lint()
     return records
+
+
+def check_order(passes: Sequence[GraphPass]) -> None:
+    """Raise ``VerifyError`` unless what a pass requires is ensured before it, and what it reads not after."""
+    for position, graph_pass in enumerate(passes):
+        before = {kind for p in passes[:position] for kind in p.ensures}
+        after = {kind: p.name for p in reversed(passes[position + 1 :]) for kind in p.ensures}
+        for kind in graph_pass.requires:
+            if kind not in before:
+                raise _fault(graph_pass, f"requires {kind.__name__}, which no pass before it ensures")
+        for kind in (*graph_pass.requires, *graph_pass.uses):
+            if kind in after:
+                raise _fault(graph_pass, f"reads {kind.__name__}, and pass {after[kind]!r} changes it later")
+
+
+def _check_results(step: StepGraph, graph_pass: GraphPass) -> None:
+    for kind in graph_pass.ensures:
+        for fault in step.result(kind).faults(step):
+            raise _fault(graph_pass, f"ensures {kind.__name__}, but {fault}")
+
+
+def _fault(graph_pass: GraphPass, what: str) -> VerifyError:
+    hint = "this is a bug of fxpass, please report it"
+    return VerifyError(f"pass {graph_pass.name!r} {what}", hint=hint)

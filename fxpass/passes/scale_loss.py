@@ -11,6 +11,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import SEED
 from .base import GraphPass
+from .results import ScaledSeeds
 
 aten = torch.ops.aten
 
@@ -26,6 +27,7 @@ class ScaleLoss(GraphPass):
     """
 
     name: ClassVar[str] = "scale_loss"
+    ensures: ClassVar = (ScaledSeeds,)
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         if not step.trains or "scale" not in step.scaler:
@@ -41,3 +43,4 @@ class ScaleLoss(GraphPass):
                 scaled = edit.call(aten.mul.Tensor, wide, scale, when=Phase.BACKWARD, reason=reason)
                 narrow = edit.cast(scaled, dtype, when=Phase.BACKWARD, reason="the loss's own dtype")
             edit.set_arg(mark, 0, narrow)
+            step.result(ScaledSeeds).wide[narrow] = scaled

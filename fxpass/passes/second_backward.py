@@ -14,6 +14,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import MARK, SEED
 from .base import GraphPass
+from .results import Checked
 
 AGAIN = (Phase.BACKWARD, Phase.GRADIENT)
 
@@ -31,6 +32,7 @@ class SecondBackward(GraphPass):
     """
 
     name: ClassVar[str] = "second_backward"
+    requires: ClassVar = (Checked,)
     release: bool = False
 
     def run(self, step: StepGraph, edit: Editor) -> None:
@@ -38,7 +40,7 @@ class SecondBackward(GraphPass):
             edit.decline("release is False: gradients wait for the verdict")
             return
         seeds = step.marks(SEED)
-        if len(seeds) != 1 or not step.found_inf:
+        if len(seeds) != 1 or not step.result(Checked).found_inf:
             edit.decline(f"{len(seeds)} backwards: the activations of all would have to be kept")
             return
         first = edit.first(n for n in step.nodes() if phase(n) is Phase.UPDATE)
@@ -48,7 +50,7 @@ class SecondBackward(GraphPass):
             return
         again = _behind([n for _, n in reads])
         copies: dict[Node, Node] = {}
-        verdict = edit.last(step.found_inf.values())
+        verdict = edit.last(step.result(Checked).found_inf.values())
         with edit.before(edit.last([first, verdict.next])):
             for node in [n for n in step.graph.nodes if n in again]:
                 if node.target is MARK:

@@ -14,6 +14,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, Update, source
 from ..ir.marks import GRAD, READ
 from .base import GraphPass
+from .results import Checked
 
 aten = torch.ops.aten
 
@@ -33,10 +34,11 @@ class Skip(GraphPass):
     """
 
     name: ClassVar[str] = "skip"
+    requires: ClassVar = (Checked,)
     skip: str = "step"
 
     def run(self, step: StepGraph, edit: Editor) -> None:
-        if not step.found_inf:
+        if not step.result(Checked).found_inf:
             edit.decline("no finite check to act on")
             return
         statistics = follows_gradient(step)
@@ -47,10 +49,11 @@ class Skip(GraphPass):
 
 
 def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
-    last = step.found_inf[max(step.found_inf)]
+    checked = step.result(Checked)
+    last = checked.last
     finals = {n.args[0]: n for n in step.graph.nodes if n.target is aten.copy_.default}
     for update in step.updates:
-        mark, found = update.mark, step.found_inf[update.event]
+        mark, found = update.mark, checked.found_inf[update.event]
         final = finals.pop(step.slots[update.slot], None)
         reason = "one gradient of the step is not finite: the update is skipped whole"
         _keep(edit, mark, 0, found, source(mark, 3), reason)
@@ -62,7 +65,8 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
 
 
 def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
-    last, checked = step.found_inf[max(step.found_inf)], set(step.checked)
+    checked = step.result(Checked)
+    last = checked.last
     read = {write: marks_behind({source(write, 1)}, GRAD, guarded=True) for write in statistics}
     checks = {write: _checks(step, {source(write, 1)}, guarded=True) for write in statistics}
     updates: dict[Node, list[Update]] = defaultdict(list)
@@ -72,11 +76,11 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
         own = [update for write in group.writes for update in updates[source(write)]]
         for event in dict.fromkeys(update.event for update in own):  # none: the user's own writes
             values = _checks(step, group.body, event=event)
-            found = _verdict(edit, values) if values else step.found_inf[event]
+            found = _verdict(edit, values) if values else checked.found_inf[event]
             for mark in (update.mark for update in own if update.event == event):
                 _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
     for write in statistics:  # of gradients that no optimizer reads nothing is known but what they led to
-        known = checked.issuperset(read[write])
+        known = set(read[write]) <= set(checked.gradients)
         found = _verdict(edit, checks[write]) if known else last
         _keep(edit, write, 1, found, source(write), "a gradient it depends on is not finite")
 
@@ -97,12 +101,13 @@ def _checks(
     """What decides about the gradients behind ``nodes``: as optimizers read them, or that ``event`` alone."""
     reads = set(marks_behind(nodes, READ, guarded=guarded))
     others = set(marks_behind(nodes, GRAD, guarded=guarded))
-    others.difference_update(*(step.sources[read] for read in reads))
-    behind = [r for r, marks in step.sources.items() if r in reads or not marks.isdisjoint(others)]
+    checked = step.result(Checked)
+    others.difference_update(*(checked.sources[read] for read in reads))
+    behind = [r for r, marks in checked.sources.items() if r in reads or not marks.isdisjoint(others)]
     if event is not None:
         own = {read.mark for read in step.reads if read.event == event}
         behind = [read for read in behind if read in own]
-    return list(dict.fromkeys(value for read in behind for value in step.deciding[read]))
+    return list(dict.fromkeys(value for read in behind for value in checked.deciding[read]))
 
 
 def _verdict(edit: Editor, values: list[Node]) -> Node:

@@ -11,6 +11,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 from ..ir.marks import GRAD
 from .base import GraphPass
+from .results import Unscaled
 
 aten = torch.ops.aten
 
@@ -25,6 +26,7 @@ class Unscale(GraphPass):
     """
 
     name: ClassVar[str] = "unscale"
+    ensures: ClassVar = (Unscaled,)
 
     def run(self, step: StepGraph, edit: Editor) -> None:
         if not step.trains or "scale" not in step.scaler:
@@ -46,6 +48,7 @@ class Unscale(GraphPass):
                     value = edit.call(
                         aten.mul.Tensor, wide, inverse, when=Phase.GRADIENT, reason="undo the loss scale"
                     )
+                step.result(Unscaled).values.add(value)
                 if user.target is aten._to_copy.default and user.kwargs.get("dtype") is dtype:
                     edit.replace_uses(user, value)
                     edit.erase(user)

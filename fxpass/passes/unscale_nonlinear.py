@@ -21,10 +21,10 @@ from ..analysis.homogeneous import (
     operands,
 )
 from ..analysis.policy import op_name
-from ..analysis.view import user_line
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import GRAD, MARK, SEED
+from ..ir.provenance import user_line
 from .base import GraphPass
 
 aten = torch.ops.aten

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..analysis.policy import VIEWS
 from ..analysis.view import INPUT, OUTPUT, GraphView, NodeView
 from ..analysis.why import why_float32
 from ..analysis.wire import Transfer
 from ..dry_run import CAPTURED, DryRun
+from ..passes.pipeline import PassRecord
 from .memory import PHASES, MemorySummary, summary
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -26,17 +27,6 @@ class Region:
     captured: int
     compiled: int
     inserted: int
-
-
-@dataclass(frozen=True)
-class PassRow:
-    """What one pass did."""
-
-    name: str
-    inserted: int
-    removed: int
-    seconds: float
-    declined: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class Inspection:
     parameters: int  # elements of the parameters that are updated
     seconds: dict[str, float]  # of the CPU, by stage
     regions: tuple[Region, ...]
-    passes: tuple[PassRow, ...]
+    passes: tuple[PassRecord, ...]
     precision: tuple[Precision, ...]
     float32: tuple[Float32, ...]
     no_gradient: dict[str, str]  # parameter -> why it gets none
@@ -90,7 +80,7 @@ def inspection(target: str, run: DryRun) -> Inspection:
         run.parameters,
         {name: round(record.seconds.get(name, 0.0), 3) for name in STAGES},
         _regions(before, after),
-        tuple(PassRow(p.name, p.inserted, p.removed, round(p.seconds, 3), p.declined) for p in record.passes),
+        tuple(replace(p, seconds=round(p.seconds, 3)) for p in record.passes),
         _precision(after),
         _float32(after),
         record.unreached,

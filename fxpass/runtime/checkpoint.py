@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import OptionError
+from ..scaling import KEPT
 
 GRAD_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-COUNTS = ("steps", "skipped", "consecutive_skipped", "clipped", "overflows", "stuck", "headroom_count")
-NUMBERS = ("grad_norm", "headroom_mean", "headroom_variance", "headroom_last", "headroom_margin")
+COUNTERS = ("steps", "skipped", "consecutive_skipped", "clipped")
 HINT = (
     "pass what MixedPrecision.state_dict() returned, or the state of torch.amp.GradScaler, Apex amp "
     "or a DeepSpeed optimizer"
@@ -27,8 +27,10 @@ class Saved:
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_state(state: Mapping[str, Any]) -> Saved:
+def read_state(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
     """Recognise the layout of ``state`` and check every value of it.
+
+    ``keeps``: what the policy at hand keeps in its checkpoints, beside those of ``fxpass.scaling``.
 
     * ours and ``torch.amp.GradScaler``: ``{"scale": ..., "_growth_tracker": ...}``;
     * Apex amp: ``{"loss_scaler0": {"loss_scale": ..., "unskipped": ...}}``, of several the smallest scale;
@@ -42,24 +44,26 @@ def read_state(state: Mapping[str, Any]) -> Saved:
         raise OptionError(f"not a loss scale state: {type(state).__name__} is not a dict", hint=HINT)
     for belongs, read in _LAYOUTS:
         if belongs(state):
-            return read(state)
+            return read(state, keeps)
     keys = ", ".join(map(str, list(state)[:8])) or "none"
     raise OptionError(f"not a loss scale state: no layout has the keys it has ({keys})", hint=HINT)
 
 
-def _grad_scaler(state: Mapping[str, Any]) -> Saved:
+def _grad_scaler(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
     for key in GRAD_SCALER:
         _get(state, key)
-    known = {*COUNTS, *NUMBERS} & set(state)
+    always = {**dict.fromkeys(COUNTERS, 0), "grad_norm": 0.0}
+    kinds = {**always, **KEPT, **keeps}
+    known = [key for key in kinds if key in state and key not in ("scale", "growth_tracker")]
     if known:  # ours: whatever the policy, these are always there
-        for key in ("steps", "skipped", "consecutive_skipped", "clipped", "grad_norm"):
+        for key in always:
             _get(state, key)
-    counters: dict[str, float] = {key: _count(state, key) for key in COUNTS if key in known}
-    counters |= {key: _number(state, key) for key in NUMBERS if key in known}
+    read = {int: _count, float: _number}
+    counters = {key: read[type(kinds[key])](state, key) for key in known}
     return Saved(_scale(state, "scale"), _count(state, "_growth_tracker", least=-(2**31)), counters)
 
 
-def _apex(state: Mapping[str, Any]) -> Saved:
+def _apex(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
     scalers = [state[key] for key in state if str(key).startswith("loss_scaler")]
     found = []
     for scaler in scalers:
@@ -69,7 +73,7 @@ def _apex(state: Mapping[str, Any]) -> Saved:
     return min(found, key=lambda saved: saved.scale)
 
 
-def _deepspeed(state: Mapping[str, Any]) -> Saved:
+def _deepspeed(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
     scale = _scale(state, "cur_scale")
     if "cur_iter" not in state and "last_overflow_iter" not in state:
         if state.get("dynamic_loss_scale", False):
@@ -86,15 +90,16 @@ def _deepspeed(state: Mapping[str, Any]) -> Saved:
     return Saved(scale, tracker, used)
 
 
-def _zero(state: Mapping[str, Any]) -> Saved:
+def _zero(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
     scaler = state["loss_scaler"]
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_window", "delayed_shift", "cur_hysteresis")
     if isinstance(scaler, Mapping):
-        return _deepspeed(scaler)
-    return _deepspeed({name: getattr(scaler, name) for name in names if hasattr(scaler, name)})
+        return _deepspeed(scaler, keeps)
+    return _deepspeed({name: getattr(scaler, name) for name in names if hasattr(scaler, name)}, keeps)
 
 
-_LAYOUTS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any]], Saved]], ...] = (
+_Reader = Callable[[Mapping[str, Any], Mapping[str, float]], Saved]
+_LAYOUTS: tuple[tuple[Callable[[Mapping[str, Any]], bool], _Reader], ...] = (
     (lambda s: "scale" in s or "_growth_tracker" in s, _grad_scaler),
     (lambda s: "cur_scale" in s, _deepspeed),
     (lambda s: "loss_scaler" in s, _zero),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossScaleError
-from .scale import LossScale
+from ..scaling import LossScale
 from .watch import Column, Report, kind
 
 logger = logging.getLogger("fxpass")
@@ -85,14 +85,13 @@ class Reporter:
     """
 
     def __init__(
-        self, loss_scale: LossScale | None, transfer: Callable[[torch.device], Transfer] = transfer_for
+        self, policy: LossScale, transfer: Callable[[torch.device], Transfer] = transfer_for
     ) -> None:
-        self.patience: int | None = getattr(loss_scale, "patience", None)
-        self.minimum: float = getattr(loss_scale, "min_scale", 1.0)
+        self.patience, self.minimum = policy.stuck_after, policy.lowest
         self.transfer = transfer
         self.free: list[Transfer] = []
         self.pending: deque[tuple[Transfer, Sequence[Column]]] = deque()
-        self.restart(0, 1.0 if loss_scale is None else loss_scale.init)
+        self.restart(0, policy.init)
 
     def restart(self, skipped: int, scale: float) -> None:
         """Go on from these values: a checkpoint was loaded. Reports on their way are about the past."""

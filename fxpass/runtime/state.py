@@ -8,13 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import read_state
-from .scale import DynamicLossScale, HeadroomLossScale, LossScale, StaticLossScale
+from ..scaling import LossScale, NoLossScale
+from .checkpoint import COUNTERS, read_state
 from .watch import Watch, summary
-
-COUNTERS = ("steps", "skipped", "consecutive_skipped", "clipped")
-DYNAMIC = ("scale", "growth_tracker", "overflows", "stuck")
-HEADROOM = ("headroom_mean", "headroom_variance", "headroom_last", "headroom_margin")
 
 
 class _Fields(NamedTuple):
@@ -54,32 +50,21 @@ class ScalerState:
     """Scale and counters as 0-d tensors on the step's device, made on first use."""
 
     def __init__(self, loss_scale: LossScale | None) -> None:
-        self.loss_scale = loss_scale
+        self.policy = loss_scale or NoLossScale()
         self.tensors: dict[str, Tensor] = {}
         self._make(torch.device("cpu"))
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that a graph reads and writes, in input order."""
-        if self.loss_scale is None:
-            return (*COUNTERS, "grad_norm")
-        if isinstance(self.loss_scale, DynamicLossScale):
-            return (*COUNTERS, "grad_norm", *DYNAMIC)
-        if isinstance(self.loss_scale, HeadroomLossScale):
-            return (*COUNTERS, "grad_norm", "scale", "stuck", "headroom_count", *HEADROOM)
-        return (*COUNTERS, "grad_norm", "scale")
+        return (*COUNTERS, "grad_norm", *self.policy.keeps)
 
     def _make(self, device: torch.device) -> None:
-        policy = self.loss_scale
-        for name in (*COUNTERS, "growth_tracker", "overflows", "stuck", "headroom_count"):
-            self.tensors[name] = torch.zeros((), dtype=torch.int64, device=device)
-        if isinstance(policy, DynamicLossScale):
-            self.tensors["growth_tracker"] -= policy.growth_delay
-        for name in ("grad_norm", *HEADROOM):
-            self.tensors[name] = torch.zeros((), dtype=torch.float32, device=device)
-        self.tensors["headroom_variance"] += 1.0
-        init = 1.0 if policy is None else policy.init
-        self.tensors["scale"] = torch.full((), init, dtype=torch.float32, device=device)
+        always = {**dict.fromkeys(COUNTERS, 0), "grad_norm": 0.0}
+        always |= {"scale": self.policy.init, "growth_tracker": 0}  # which every GradScaler has
+        for name, first in {**always, **self.policy.first()}.items():
+            dtype = torch.int64 if isinstance(first, int) else torch.float32
+            self.tensors[name] = torch.full((), first, dtype=dtype, device=device)
 
     def to(self, device: torch.device) -> None:
         """Move the state to the device of the step's parameters."""
@@ -103,15 +88,11 @@ class ScalerState:
 
     def state_dict(self) -> dict[str, float | int]:
         """GradScaler's keys first (it reads this dict as it is), then fxpass's own."""
-        policy, t = self.loss_scale, self.tensors
-        moves = policy if isinstance(policy, DynamicLossScale) else DynamicLossScale()
-        still = policy is None or isinstance(policy, StaticLossScale)  # GradScaler keeps it still, too
+        t = self.tensors
         own = {name: t[name].item() for name in self.fields if name not in ("scale", "growth_tracker")}
         return {
             "scale": float(t["scale"]),
-            "growth_factor": 1.0 if still else moves.growth_factor,
-            "backoff_factor": 1.0 if still else moves.backoff_factor,
-            "growth_interval": moves.growth_interval,
+            **self.policy.grad_scaler(),
             "_growth_tracker": int(t["growth_tracker"]),
             **own,
         }
@@ -125,14 +106,10 @@ class ScalerState:
         Raises:
             OptionError: the state is of no known layout, partial or out of range; nothing is changed then.
         """
-        saved = read_state(state)
-        fresh = ScalerState(self.loss_scale)  # what the layout does not say starts anew
-        policy = self.loss_scale
-        if isinstance(policy, (DynamicLossScale, HeadroomLossScale)):
-            scale = min(max(saved.scale, policy.min_scale), policy.max_scale)
-            fresh.tensors["scale"].fill_(scale)
-            delay = policy.growth_delay if isinstance(policy, DynamicLossScale) else 0
-            fresh.tensors["growth_tracker"].fill_(max(saved.growth_tracker, -delay))
+        saved = read_state(state, self.policy.keeps)
+        fresh = ScalerState(self.policy)  # what the layout does not say starts anew
+        for name, value in self.policy.resumed(saved.scale, saved.growth_tracker).items():
+            fresh.tensors[name].fill_(value)
         for name in fresh.fields:
             if name in saved.counters:
                 fresh.tensors[name].fill_(saved.counters[name])

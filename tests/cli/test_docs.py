@@ -1,4 +1,4 @@
-"""docs/cli.md shows what the commands print, and the fields that they write as JSON."""
+"""The docs show what commands print, the fields of their JSON, and what each stage makes of a step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from fxpass.cli.app import COMMANDS
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("update_cli", PAGE.parent / "update_cli.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, PAGE.parent / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -24,10 +23,28 @@ def script() -> Any:
     return module
 
 
-def test_the_output_of_passes_is_current(script: Any) -> None:
-    block = re.search(r"^```console\n\$ fxpass passes\n(.*?)^(?:\$|```)", PAGE.read_text(), re.M | re.S)
+@pytest.fixture(scope="module")
+def script() -> Any:
+    return _script("update_cli")
+
+
+def test_the_tour_is_current() -> None:
+    text = (PAGE.parent / "tour.md").read_text()
+    assert _script("update_tour").updated(text) == text, "run python docs/update_tour.py"
+
+
+def test_the_tour_names_what_there_is() -> None:
+    text = (PAGE.parent / "tour.md").read_text()
+    named = re.findall(r"`((?:fxpass|tests)/[\w/.]+)`", text)
+    assert len(named) > 20
+    assert not [path for path in named if not (PAGE.parents[1] / path).exists()]
+
+
+@pytest.mark.parametrize("command", ["passes", "passes --verbose"])
+def test_the_output_of_passes_is_current(script: Any, command: str) -> None:
+    block = re.search(rf"^\$ fxpass {command}\n(.*?)^(?:\$|```)", PAGE.read_text(), re.M | re.S)
     assert block is not None
-    assert block[1] == script.output("passes"), "run python docs/update_cli.py"
+    assert block[1] == script.output(command), "run python docs/update_cli.py"
 
 
 def test_the_schema_is_current(script: Any) -> None:

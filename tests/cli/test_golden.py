@@ -19,6 +19,7 @@ COMMANDS = {
     "explain.txt": ("explain", "@mlp", "*softmax*"),
     "explain.json": ("explain", "@mlp", "_softmax", "--json"),
     "passes.txt": ("passes",),
+    "passes_verbose.txt": ("passes", "--verbose"),
     "passes.json": ("passes", "--json"),
     "inspect_help.txt": ("inspect", "--help"),
 }

@@ -6,20 +6,20 @@ from fxpass import MixedPrecision
 from fxpass.ir.graph import tensor
 from fxpass.passes.cast import Cast
 from fxpass.passes.check_finite import CheckFinite
+from fxpass.passes.results import Checked
 from tests.graphs import graph_of, training_step
 
 
 def test_one_verdict_and_one_sum_of_squares_per_gradient() -> None:
     step, _ = graph_of(*training_step(), [Cast(), CheckFinite()])
-    assert len(step.square_sums) == len(step.checked) == 4
-    assert len(set(step.found_inf.values())) == 1
-    assert tensor(step.found_inf[0]).dtype is torch.bool
-    assert tensor(step.found_inf[0]).ndim == 0
+    checked = step.result(Checked)
+    assert len(checked.square_sums) == len(checked.gradients) == 4
+    assert len(set(checked.found_inf.values())) == 1
 
 
 def test_float16_is_summed_in_float32_and_float32_in_float64() -> None:
     step, _ = graph_of(*training_step(), [Cast(), CheckFinite()])
-    for mark, total in step.square_sums.items():
+    for mark, total in step.result(Checked).square_sums.items():
         summed = total.args[0] if "_to_copy" in str(total.target) else total
         wanted = torch.float32 if tensor(mark).dtype is torch.float16 else torch.float64
         assert tensor(summed).dtype is wanted

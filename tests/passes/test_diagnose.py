@@ -189,15 +189,16 @@ def test_stats_as_a_flat_dict() -> None:
 
 def test_a_few_values_per_gradient_and_nothing_of_a_gradients_size() -> None:
     from fxpass.passes import passes_for
+    from fxpass.passes.results import Checked
 
     mp = MixedPrecision(max_norm=1.0)
     graph, _ = graph_of(*training_step(), passes_for(mp))
     made = inserted_by(graph, "diagnose")
     assert made
-    assert max(node.meta["val"].numel() for node in made) <= 16 * len(graph.checked)
+    assert max(node.meta["val"].numel() for node in made) <= 16 * len(graph.result(Checked).gradients)
     again = MixedPrecision(dtype="bfloat16")
     bare, _ = graph_of(*training_step(), passes_for(again))
-    assert not bare.tiny, "no float16, no underflow to count"
+    assert not bare.result(Checked).tiny, "no float16, no underflow to count"
 
 
 def test_one_row_per_parameter_told_apart_across_models() -> None:

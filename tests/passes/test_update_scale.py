@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
+from torch.fx import Node
 
-from fxpass import DynamicLossScale, LossScaleError, MixedPrecision, StaticLossScale
+from fxpass import DynamicLossScale, LossScale, LossScaleError, MixedPrecision, StaticLossScale
+from fxpass.scaling.writer import Writer
 from tests.scaling import slopes, trajectory
 
 
@@ -143,3 +148,33 @@ def test_consecutive_skips_are_counted() -> None:
     assert mp.stats().consecutive_skipped == 2
     _, mp = trajectory("dynamic", "xx.")
     assert mp.stats().consecutive_skipped == 0
+
+
+class Halving(LossScale):
+    """Half the scale every step, whatever happens."""
+
+    keeps: ClassVar = {"scale": 1.0, "halvings": 0}
+
+    @property
+    def init(self) -> float:
+        return 16.0
+
+    def resumed(self, scale: float, growth_tracker: int) -> dict[str, float]:
+        return {"scale": scale}
+
+    def move(self, out: Writer, overflow: Node, magnitudes: Sequence[Node], limit: float) -> None:
+        out.write("scale", out.op(torch.ops.aten.mul.Tensor, out.read["scale"], 0.5))
+        out.write("halvings", out.op(torch.ops.aten.add.Tensor, out.read["halvings"], 1))
+
+
+def test_a_policy_of_the_users() -> None:
+    scales, mp = trajectory(Halving(), "..x")
+    assert scales == [8.0, 4.0, 2.0]
+    saved = mp.state_dict()
+    assert saved["halvings"] == 3
+    again = MixedPrecision(loss_scale=Halving())
+    again.load_state_dict(saved)
+    assert (float(again.scale), again.state_dict()["halvings"]) == (2.0, 3)
+    other = MixedPrecision()
+    other.load_state_dict(saved)
+    assert float(other.scale) == 2.0
