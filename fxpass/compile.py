@@ -22,7 +22,7 @@ from .capture.breaks import Break, given_up
 from .capture.counters import counters_of as counters_of
 from .capture.events import Event, events_of
 from .capture.step import capture, to_step
-from .clock import current, stage
+from .clock import current, stage, tell
 from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.slots import Slot
@@ -149,6 +149,8 @@ class _Compilation:
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
+        modules = {id(module) for _, module in self.record.modules}
+        tell(f"{len(modules)} modules, {len(self.gm.graph.nodes)} operations")
         device = checks.device_of([e.optimizer() for e in events], self.inputs)
         keep_grads = self.options.grads == "keep"
         fields = fields_of(scaler) if events else []

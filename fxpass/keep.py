@@ -127,4 +127,5 @@ def _options(options: Options) -> str:
     scale = options.policy
     if scale is not None and not type(scale).__module__.startswith("fxpass."):
         raise Unspeakable("the loss scale is a class of the user's: its code may change")
-    return repr([(f.name, getattr(options, f.name)) for f in dataclasses.fields(Options)])
+    decides = [f.name for f in dataclasses.fields(Options) if f.name != "progress"]
+    return repr([(name, getattr(options, name)) for name in decides])

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent / "fxpass"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
-    "_torch": {"clock", "errors", "ir.alias", "ir.marks", "ir.slots", "ir.unbacked"},
+    "progress": {"clock"},
+    "_torch": {"clock", "errors", "ir.alias", "ir.marks", "ir.slots", "ir.unbacked", "progress"},
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},

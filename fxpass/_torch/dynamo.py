@@ -39,9 +39,10 @@ from torch._dynamo.variables import builder, builtin, functions, optimizer, tens
 from torch._dynamo.variables.constant import ConstantVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..clock import timing
+from ..clock import tell, timing
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
+from ..progress import progress
 from . import (
     abandoned,
     consumed,
@@ -61,6 +62,7 @@ from .dynamo_backward import backward
 from .dynamo_common import (
     current_record,
     fail,
+    frame_name,
     inside,
     is_none,
     local,
@@ -120,8 +122,9 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         outer = current_record()
         local.record = record
         try:
-            with timing("dynamo"), _patches(), _limits(args[0]):
-                result = _numbers_first(record, original, *args, **kwargs)
+            with timing("dynamo") as clock, progress(clock, frame_name(args[0]), backend.progress):
+                with _patches(), _limits(args[0]):
+                    result = _numbers_first(record, original, *args, **kwargs)
             _trains[args[0]] = bool(record.events)
             for call in record.at_end:
                 call()
@@ -312,6 +315,7 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_backward_hooks(value)
             name = readable_name(self.source.name) if self.source else ""
             record_of_frame().modules.append((name, value))
+            tell(name)
         return original(self, value)
 
     return _wrap
