@@ -78,6 +78,7 @@ from .handles import readable_name
 from .once import once_hook
 from .record import FrameRecord
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
+from .same import same_hook
 from .selects import refuse_written
 from .setup import inline_hook, unsettled
 
@@ -212,6 +213,7 @@ def _patches() -> Iterator[None]:
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", one_of_many(_wrap_hook(builder.VariableBuilder._wrap)))
+        patch(builder.VariableBuilder, "__call__", same_hook(builder.VariableBuilder.__call__))
         patch(builder, "get_static_address_type", lambda _: None)
         effects = side_effects.SideEffects
         patch(effects, "codegen_update_mutated", codegen_hook(effects.codegen_update_mutated))

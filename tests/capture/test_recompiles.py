@@ -231,6 +231,41 @@ def test_models_as_arguments_are_new_steps_too() -> None:
     assert mp.stats().steps == 10
 
 
+def _replace(what: str, net: Mlp, opt: torch.optim.Optimizer) -> None:
+    new = nn.Linear(net.last.in_features, net.last.out_features)
+    if what == "layer":
+        net.last = new
+    elif what == "weight":
+        net.last.weight = new.weight
+    else:
+        params = opt.param_groups[0]["params"]
+        params[next(i for i, p in enumerate(params) if p is net.last.weight)] = new.weight
+
+
+@pytest.mark.parametrize("what", ["layer", "weight", "entry of the optimizer"])
+def test_what_no_longer_is_the_optimizers_is_not_updated(what: str) -> None:
+    results = []
+    for backend in (None, MixedPrecision(**EAGER)):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        net = Mlp()
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+        def step(x: Tensor, y: Tensor, net: Mlp = net, opt: torch.optim.Optimizer = opt) -> None:
+            opt.zero_grad()
+            mse_loss(net(x), y).backward()
+            opt.step()
+
+        run = step if backend is None else torch.compile(step, backend=backend)
+        run(*CALLS[0])
+        before = [*net.parameters()]
+        _replace(what, net, opt)
+        run(*CALLS[1])
+        results.append([*before, *net.parameters(), *opt.param_groups[0]["params"]])
+        assert backend is None or backend.stats().steps == 2
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
 def test_past_the_limit_the_error_names_the_guard_and_its_line() -> None:
     history: list[Tensor] = []
 
