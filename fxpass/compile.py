@@ -205,7 +205,7 @@ class _Compilation:
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
             record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
-            self.state.graphs.append(record)
+            self._keep(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
@@ -239,8 +239,16 @@ class _Compilation:
             kept.before, kept.after, kept.passes, unreached, self.clock.cpu, kept.memory, escaping
         )
         record.wall, record.cache = self.clock.wall, cache
+        self._keep(record)
         logs.log(record)
         self.record.at_end.append(lambda: logs.log_times(record))
+
+    def _keep(self, record: GraphRecord) -> None:
+        """Add a graph to those of the step, with the reason for it."""
+        assert self.record.code is not None, "a record is of a frame"
+        record.name = _torch.frame_name(self.record.code)
+        if self.record.changed is not None:
+            record.why = self.record.changed.text
         self.state.graphs.append(record)
 
     def _agree(self, step: StepGraph) -> None:

@@ -8,6 +8,7 @@ from .aot import trace as trace
 from .combos import combo_settings as combo_settings
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
+from .dynamo_common import frame_name as frame_name
 from .dynamo_common import is_users as is_users
 from .dynamo_hooks import global_module_hooks as global_module_hooks
 from .dynamo_optimizer import optimizer_step as optimizer_step

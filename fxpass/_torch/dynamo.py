@@ -76,6 +76,7 @@ from .gradients import mixed_modes
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .once import once_hook
+from .reasons import change_of
 from .record import FrameRecord
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
 from .same import same_hook
@@ -172,12 +173,12 @@ def _limits(code: CodeType) -> contextlib.AbstractContextManager[Any]:
 
 
 def _reason_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember the guard that failed: what an error about too many compilations has to name."""
+    """Remember what has changed since the graph that was used last: it comes first."""
 
-    def reasons_of(*args: Any, **kwargs: Any) -> Any:
-        reasons = original(*args, **kwargs)
+    def reasons_of(entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        reasons = original(entries, frame, *args, **kwargs)
         if reasons:
-            record_of_frame().recompile_reason = str(reasons[0])
+            record_of_frame().changed = change_of(str(reasons[0]), frame.f_locals, frame.f_globals)
         return reasons
 
     return reasons_of
