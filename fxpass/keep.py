@@ -88,8 +88,10 @@ def warm(
 ) -> tuple[_torch.Warm | None, str]:
     """How a step is looked up on disk, None if it is not; and "miss", or why not."""
     settings = settings_of(inputs, options, mode)
-    if current_look() is not None or options.codegen != "inductor":
+    if current_look() is not None:
         return None, ""
+    if options.codegen != "inductor":
+        return None, f"there is no code: codegen={options.codegen!r}"
     if options.data_parallel is not None:
         return None, "ranks agree on each compilation"
     if reason := _torch.not_cached(settings):

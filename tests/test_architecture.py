@@ -49,8 +49,12 @@ ALLOWED: dict[str, set[str]] = {
     "dry_run": {
         *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
     },
+    "ahead": {"_torch", "backend", "errors", "record"},
     "report": {"__init__", "analysis", "dry_run", "ir", "passes"},
-    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "runtime"},
+    "cli": {
+        *("__init__", "ahead", "analysis", "dry_run", "errors"),
+        *("options", "passes", "record", "report", "runtime"),
+    },
     "loop": {"backend", "errors"},
     "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime"},
 }

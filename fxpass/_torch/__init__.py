@@ -46,5 +46,6 @@ from .replicas import agree as agree
 from .replicas import share_first as share_first
 from .stored import store_results_of as store_results_of
 from .warm import Warm as Warm
+from .warm import cache_directory as cache_directory
 from .warm import not_cached as not_cached
 from .warm import step_code as step_code
