@@ -12,12 +12,8 @@ from .helpers import fx
 
 
 def test_the_second_run_finds_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    command = (
-        "compile",
-        "@mlp",
-        "--max-norm",
-        str(1 + random.Random().random()),
-    )  # in no earlier run's cache
+    norm = str(1 + random.Random().random())  # in no earlier run's cache
+    command = ("compile", "@tiny", "--max-norm", norm)
     with functorch_config.patch(enable_autograd_cache=True):
         first, second = fx(capsys, *command, "--json"), fx(capsys, *command)
     assert (first.code, second.code) == (0, 0), (first.err, second.err)
@@ -31,14 +27,14 @@ def test_the_second_run_finds_everything(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_is_not_kept_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    found = fx(capsys, "compile", "@mlp", "--codegen", "eager")
+    found = fx(capsys, "compile", "@tiny", "--codegen", "eager")
     assert found.code == 1
     assert "not kept: there is no code: codegen='eager'" in found.out
 
 
 def test_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = fx(capsys, "compile", "@mlp", "--device", "cuda", "--json")
+    found = fx(capsys, "compile", "@tiny", "--device", "cuda", "--json")
     assert found.code == 1
     assert "no GPU is here" in found.json()["error"]
     assert "save_cache_artifacts" in found.json()["hint"]
