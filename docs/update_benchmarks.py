@@ -1,4 +1,4 @@
-"""Fill the compile times of docs/benchmarks.md from results/compile.json: `python docs/update_benchmarks.py`."""
+"""Fill in docs/benchmarks.md what compiling costs, from results/compile.json."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ def tables() -> str:
     data = json.loads(RESULTS.read_text())
     rows: list[dict[str, Any]] = data["results"]
     machine = data["machine"]
-    where = ", ".join(f"{name} {machine[name]}" for name in ("torch", "python", "commit"))
-    return "\n\n".join(
-        (f"{machine['cpu']}, {where}.", _costs(rows), _stages([r for r in rows if r["stages"]]))
-    )
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "python", "commit"))
+    with_stages = [row for row in rows if row["stages"]]
+    return "\n\n".join((f"{machine['cpu']}, {versions}.", _costs(rows), _stages(with_stages)))
 
 
 def _costs(rows: list[dict[str, Any]]) -> str:
