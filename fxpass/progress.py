@@ -92,11 +92,13 @@ def progress(clock: Clock, what: str, wanted: bool = True) -> Iterator[None]:
         target=_run, args=(stream, clock, what, over.wait), name="fxpass progress", daemon=True
     )
     try:
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # no thread to be had: no line
+            thread.start()
         yield
     finally:
         over.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         _one.release()
 
 
@@ -105,8 +107,8 @@ def _run(stream: TextIO, clock: Clock, what: str, over: Callable[[float], bool])
     began = time.perf_counter()
     if over(PATIENCE):
         return
-    others: set[Any] = {stream, sys.stdout if _is_terminal(sys.stdout) else stream}
-    line = Line(stream, tuple(others))
+    both = sys.stdout is not stream and _is_terminal(sys.stdout)
+    line = Line(stream, (stream, sys.stdout) if both else (stream,))
     try:
         line.draw(text_of(clock, what, time.perf_counter() - began))
         while not over(EVERY):

@@ -7,6 +7,7 @@ one: a layer replaced in the model would be trained in the place of what the opt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +17,21 @@ from torch._dynamo.source import is_from_local_source, is_from_optimizer_source
 
 
 def same_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For ``VariableBuilder.__call__``: where it finds a tensor again, guard on which tensor it is."""
+    """For ``VariableBuilder.__call__``: where it finds a tensor again, guard on that where Dynamo does not."""
 
     def __call__(self: Any, value: Any) -> Any:
         found = original(self, value)
         first = found.source if isinstance(value, torch.Tensor) else None
-        if first is not None and first != self.source and not _guarded(first, self.source):
-            for source in (first, self.source):
+        if first is None or first == self.source:
+            return found
+        by_optimizer = is_from_optimizer_source(first) or is_from_optimizer_source(self.source)
+        apart = is_from_local_source(first) != is_from_local_source(self.source)
+        if by_optimizer or (apart and isinstance(value, torch.nn.Parameter)):
+            for source in (first, self.source):  # they stay: to know each is cheaper than to compare
                 install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+        elif apart:
+            alike = functools.partial(GuardBuilder.DUPLICATE_INPUT, source_b=first)
+            install_guard(self.source.make_guard(alike))
         return found
 
     return __call__
-
-
-def _guarded(a: Any, b: Any) -> bool:
-    """Whether Dynamo itself guards on that both lead to one object."""
-    apart = is_from_local_source(a) != is_from_local_source(b)
-    return not (apart or is_from_optimizer_source(a) or is_from_optimizer_source(b))
