@@ -17,7 +17,7 @@ from torch._dynamo.source import is_from_local_source, is_from_optimizer_source
 
 
 def same_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For ``VariableBuilder.__call__``: where it finds a tensor again, guard on that where Dynamo does not."""
+    """For ``VariableBuilder.__call__``: guards for a tensor that is found again, where Dynamo has none."""
 
     def __call__(self: Any, value: Any) -> Any:
         found = original(self, value)
