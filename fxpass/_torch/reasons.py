@@ -119,7 +119,10 @@ def _of_expression(guard: ast.expr, frame: _Frame) -> str:
     if isinstance(guard, ast.UnaryOp) and isinstance(guard.op, ast.Not):
         inner = ast.unparse(guard.operand)
         return f"{frame.plain(inner)} was empty or false, is {frame.read(inner)}"
-    if not isinstance(guard, ast.Compare) or len(guard.ops) != 1:
+    if parts := _parts(guard):  # which of them does not hold?
+        failed = (part for part in parts if not frame.value(ast.unparse(part)))
+        return _of_expression(next(failed), frame)
+    if not isinstance(guard, ast.Compare):
         return ""
     left, op, right = guard.left, guard.ops[0], guard.comparators[0]
     left_is_value = isinstance(left, ast.Constant)
@@ -138,6 +141,16 @@ def _of_expression(guard: ast.expr, frame: _Frame) -> str:
         had = isinstance(op, ast.In)
         return f"{frame.plain(name)} {'had' if had else 'had no'} {was}, has {'none' if had else 'it'} now"
     return ""
+
+
+def _parts(guard: ast.expr) -> list[ast.expr]:
+    """What a chain (``2 <= n <= 8``) or a conjunction says, one by one; nothing if it is neither."""
+    if isinstance(guard, ast.BoolOp) and isinstance(guard.op, ast.And):
+        return guard.values
+    if isinstance(guard, ast.Compare) and len(guard.ops) > 1:
+        sides = [guard.left, *guard.comparators]
+        return [ast.Compare(a, [op], [b]) for a, op, b in zip(sides, guard.ops, sides[1:], strict=False)]
+    return []
 
 
 def _is_value(node: ast.expr) -> bool:
