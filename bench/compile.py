@@ -162,19 +162,19 @@ def main() -> None:
         child(given.child[0], *map(int, given.child[1:]))
         return
     console = Console(width=None if Console().is_terminal else 130)
-    costs = []
+    costs: list[Cost] = []
+    where = measure.machine(torch.device("cpu"))
     for layers in given.layers:
         for width in given.width:
             for name in given.only:
                 with console.status(f"{name}, {layers} layers of width {width}"):
                     costs.append(cost(name, layers, width, given.tokens))
-    where = measure.machine(torch.device("cpu"))
+                if given.json:  # now: the next takes minutes
+                    record = {"machine": where, "tokens": given.tokens, "results": [*map(asdict, costs)]}
+                    given.json.write_text(json.dumps(record, indent=2) + "\n")
     title = f"GPT, {given.tokens} tokens, max_norm 1.0\n" + ", ".join(f"{k} {v}" for k, v in where.items())
     console.print(table(costs, title))
     console.print(stages(costs))
-    if given.json:
-        record = {"machine": where, "tokens": given.tokens, "results": [asdict(c) for c in costs]}
-        given.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

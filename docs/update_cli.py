@@ -64,6 +64,7 @@ def schema() -> str:
     """One table per answer, from the dataclasses that are printed as JSON."""
     from fxpass.analysis.view import NodeView
     from fxpass.analysis.wire import Transfer
+    from fxpass.cli import compile as compile_command
     from fxpass.cli import doctor, explain, graph, memory, passes, report
     from fxpass.passes.pipeline import PassRecord
     from fxpass.report import diff, explanation, inspection
@@ -75,6 +76,7 @@ def schema() -> str:
         "graph-diff": graph.DiffResult,
         "memory": memory.MemoryResult,
         "report": report.ReportResult,
+        "compile": compile_command.CompileResult,
         "explain": explain.ExplainResult,
         "passes": passes.PassesResult,
         "doctor": doctor.DoctorResult,
@@ -83,6 +85,7 @@ def schema() -> str:
         *(inspection.Region, PassRecord, inspection.Precision, inspection.Float32, NodeView),
         *(diff.Change, memory.Mode, memory_data.MemorySummary, memory_data.PhaseMemory, memory_data.Alive),
         *(explanation.Explanation, passes.PassInfo, doctor.Check, Transfer),
+        *(compile_command.CompiledGraph,),
     )
     tables = [_table(f'`"schema": "fxpass.{name}/1"`', cls) for name, cls in answers.items()]
     return "\n".join(tables + [_table(f"`{cls.__name__}`", cls) for cls in parts])

@@ -25,17 +25,28 @@ class Clock:
         self.cpu: dict[str, float] = {}
         self.wall: dict[str, float] = {}
         self._running: list[str] = [OTHER]
+        self._told: list[str] = [""]  # by stage: what it is about
         self._last = _now()
 
     def enter(self, stage: str) -> None:
         """From now on ``stage`` is charged."""
         self._charge()
         self._running.append(stage)
+        self._told.append("")
 
     def leave(self) -> None:
         """The stage entered last is over, and the one around it goes on."""
         self._charge()
         self._running.pop()
+        self._told.pop()
+
+    def tell(self, about: str) -> None:
+        """The stage that runs is about this: a part of many, say."""
+        self._told[-1] = about
+
+    def doing(self) -> tuple[str, str]:
+        """The stage that runs, and what it or the one around it is about; for another thread to ask."""
+        return self._running[-1], next(filter(None, reversed(self._told)), "")
 
     def _charge(self) -> None:
         now, stage = _now(), self._running[-1]
@@ -86,6 +97,12 @@ def stage(name: str) -> Iterator[None]:
         yield
     finally:
         clock.leave()
+
+
+def tell(about: str) -> None:
+    """Say what the stage that runs is about, for those who wait; without ``timing`` around, nobody."""
+    if (clock := _clock.get()) is not None:
+        clock.tell(about)
 
 
 def charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from .capture.breaks import Break, given_up
 from .capture.counters import counters_of as counters_of
 from .capture.events import Event, events_of
 from .capture.step import capture, to_step
-from .clock import current, stage
+from .clock import current, stage, tell
 from .errors import CaptureError
 from .ir.graph import StepGraph
 from .ir.slots import Slot
@@ -149,6 +149,8 @@ class _Compilation:
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
+        modules = {id(module) for _, module in self.record.modules}
+        tell(f"{len(modules)} modules, {len(self.gm.graph.nodes)} operations")
         device = checks.device_of([e.optimizer() for e in events], self.inputs)
         keep_grads = self.options.grads == "keep"
         fields = fields_of(scaler) if events else []
@@ -203,7 +205,7 @@ class _Compilation:
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
             record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
-            self.state.graphs.append(record)
+            self._keep(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
@@ -237,8 +239,16 @@ class _Compilation:
             kept.before, kept.after, kept.passes, unreached, self.clock.cpu, kept.memory, escaping
         )
         record.wall, record.cache = self.clock.wall, cache
+        self._keep(record)
         logs.log(record)
         self.record.at_end.append(lambda: logs.log_times(record))
+
+    def _keep(self, record: GraphRecord) -> None:
+        """Add a graph to those of the step, with the reason for it."""
+        assert self.record.code is not None, "a record is of a frame"
+        record.name = _torch.frame_name(self.record.code)
+        if self.record.changed is not None:
+            record.why = self.record.changed.text
         self.state.graphs.append(record)
 
     def _agree(self, step: StepGraph) -> None:

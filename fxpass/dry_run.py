@@ -124,7 +124,7 @@ def _attempt(
             views[point] = view(graph, point)
         graphs[:] = [graph]
 
-    backend = MixedPrecision(**options)
+    backend = MixedPrecision(**{**options, "progress": False})  # the command line says what it does
     profile, profiled = _profiler(of, notes)
     ranks = backend.group.size() if backend.group is not None else 1
     sent: list[Transfer] = []

@@ -90,8 +90,10 @@ def warm(
 ) -> tuple[_torch.Warm | None, str]:
     """How a step is looked up on disk, None if it is not; and "miss", or why not."""
     settings = settings_of(inputs, options, mode)
-    if current_look() is not None or options.codegen != "inductor":
+    if current_look() is not None:
         return None, ""
+    if options.codegen != "inductor":
+        return None, f"there is no code: codegen={options.codegen!r}"
     if options.data_parallel is not None:
         return None, "ranks agree on each compilation"
     if reason := _torch.not_cached(settings):
@@ -129,4 +131,5 @@ def _options(options: Options) -> str:
     scale = options.policy
     if scale is not None and not type(scale).__module__.startswith("fxpass."):
         raise Unspeakable("the loss scale is a class of the user's: its code may change")
-    return repr([(f.name, getattr(options, f.name)) for f in dataclasses.fields(Options)])
+    decides = [f.name for f in dataclasses.fields(Options) if f.name != "progress"]
+    return repr([(name, getattr(options, name)) for name in decides])

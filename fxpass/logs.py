@@ -1,4 +1,4 @@
-"""``FXPASS_LOGS=graphs,passes,memory,timing``: what was compiled, on stderr, for people without a handle.
+"""``FXPASS_LOGS=graphs,passes,memory,recompiles,timing``: what was compiled, on stderr, without a handle.
 
 Loggers below ``fxpass``, at level INFO. The variable switches them on;
 Python's own ``logging`` does as well.
@@ -18,6 +18,7 @@ KINDS: dict[str, Callable[[GraphRecord], str]] = {
     "graphs": lambda record: record.after,
     "passes": lambda record: record.summary(),
     "memory": lambda record: record.memory_summary(),
+    "recompiles": lambda record: record.reason(),
 }
 TIMING = "timing"  # told when the compilation is over
 

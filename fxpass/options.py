@@ -68,6 +68,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "bucket_mb": (lambda v: _number(v) and v >= 0, "a number >= 0: MiB of gradients reduced together"),
     "verify": _choice(True, False),
+    "progress": _choice(True, False),
     "inductor": (
         lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
         "a dict of torch._inductor.config settings",
@@ -101,6 +102,7 @@ class Options:
     reduce_dtype: torch.dtype | str | None = None
     bucket_mb: float = 25.0
     verify: bool = True
+    progress: bool = True
     inductor: Mapping[str, Any] = field(default_factory=dict)
     codegen: str = "inductor"
 

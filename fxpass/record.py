@@ -23,6 +23,9 @@ STAGES = {
 }
 
 
+FIRST = "the first call"
+
+
 @dataclass
 class GraphRecord:
     """One compiled graph: text before and after the passes, and what each pass did."""
@@ -36,10 +39,16 @@ class GraphRecord:
     escaping: dict[str, str] = field(default_factory=dict)  # leaf -> why its gradient outlives the step
     cache: str = ""  # "hit": taken from the cache on disk; "miss": kept there; else why it is not kept
     wall: dict[str, float] = field(default_factory=dict)  # the same on the wall: waiting included
+    name: str = ""  # of the function, and where it begins: step (train.py:12)
+    why: str = FIRST  # it was made: what changed since the graph that ran before, from what to what
 
     def inserted(self) -> dict[str, int]:
         """Nodes inserted per pass."""
         return {record.name: record.inserted for record in self.passes}
+
+    def reason(self) -> str:
+        """Which function it is of, and why it was made."""
+        return f"{self.name}: {self.why}"
 
     def summary(self) -> str:
         """One line per pass: nodes inserted and removed, seconds, what it declined."""
@@ -81,6 +90,7 @@ class GraphRecord:
 
     def print(self) -> None:
         """Print the summaries and the graph that is compiled."""
+        print(self.reason())
         print(self.summary())
         print(self.memory_summary())
         print(self.after)
@@ -101,4 +111,4 @@ class GraphRecord:
                 ("compiled", self.after),
             )
         )
-        return f"<table><tr>{head}</tr>{rows}</table>{graphs}"
+        return f"<p>{escape(self.reason())}</p><table><tr>{head}</tr>{rows}</table>{graphs}"

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent / "fxpass"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
-    "_torch": {"clock", "errors", "ir.alias", "ir.marks", "ir.slots", "ir.unbacked"},
+    "progress": {"clock"},
+    "_torch": {"clock", "errors", "ir.alias", "ir.marks", "ir.slots", "ir.unbacked", "progress"},
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},
@@ -50,8 +51,12 @@ ALLOWED: dict[str, set[str]] = {
     "dry_run": {
         *("_torch", "analysis", "backend", "compile", "errors", "ir", "look", "lower", "options", "record")
     },
+    "ahead": {"_torch", "backend", "errors", "record"},
     "report": {"__init__", "analysis", "dry_run", "ir", "passes"},
-    "cli": {"__init__", "analysis", "dry_run", "errors", "options", "passes", "record", "report", "scaling"},
+    "cli": {
+        *("__init__", "ahead", "analysis", "dry_run", "errors"),
+        *("options", "passes", "record", "report", "scaling"),
+    },
     "loop": {"backend", "errors"},
     "__init__": {"backend", "errors", "integrations", "loop", "record", "runtime", "scaling"},
 }

@@ -46,7 +46,7 @@ def test_the_variable_prints_on_stderr(tmp_path: Path) -> None:
     )
     environment = {
         **os.environ,
-        "FXPASS_LOGS": "graphs,passes,memory",
+        "FXPASS_LOGS": "graphs,passes,memory,recompiles",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     command = [sys.executable, str(script)]
@@ -55,6 +55,7 @@ def test_the_variable_prints_on_stderr(tmp_path: Path) -> None:
     assert "fxpass.mark" not in found.stderr
     assert "[fxpass.passes] pass " in found.stderr
     assert "[fxpass.memory] peak " in found.stderr
+    assert "[fxpass.recompiles] step (train.py:4): the first call\n" in found.stderr
     assert found.stdout == ""
 
 
@@ -67,7 +68,7 @@ def test_print_and_notebook_show_the_passes_and_the_graph(capsys: pytest.Capture
     record = _record()
     record.print()
     printed = capsys.readouterr().out
-    assert printed == f"{record.summary()}\n{record.memory_summary()}\n{record.after}\n"
+    assert printed == f"{record.reason()}\n{record.summary()}\n{record.memory_summary()}\n{record.after}\n"
     html = record._repr_html_()
     assert html.count("<tr>") == 1 + len(record.passes)
     assert "aten.mm" in html or "aten.addmm" in html

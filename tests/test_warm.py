@@ -129,6 +129,13 @@ def test_equal_steps_have_equal_texts() -> None:
     assert _text(_step(lr=0.3), max_norm=1.0) == text  # an input of the graph
 
 
+def test_the_step_of_a_script_is_that_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fxpass compile train.py:example`` imports what ``python train.py`` runs as ``__main__``."""
+    text = _text(_step())
+    monkeypatch.setattr(Mlp, "__module__", "__main__")
+    assert _text(_step()) == text
+
+
 DIFFERENT: dict[str, dict[str, Any]] = {
     "option": {"max_norm": 2.0},
     "no option": {},

@@ -8,6 +8,7 @@ from .aot import trace as trace
 from .combos import combo_settings as combo_settings
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
+from .dynamo_common import frame_name as frame_name
 from .dynamo_common import is_users as is_users
 from .dynamo_hooks import global_module_hooks as global_module_hooks
 from .dynamo_optimizer import optimizer_step as optimizer_step
@@ -52,5 +53,6 @@ from .replicas import share_first as share_first
 from .sdpa import allowed_kernels as allowed_kernels
 from .stored import store_results_of as store_results_of
 from .warm import Warm as Warm
+from .warm import cache_directory as cache_directory
 from .warm import not_cached as not_cached
 from .warm import step_code as step_code

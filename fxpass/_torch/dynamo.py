@@ -39,9 +39,10 @@ from torch._dynamo.variables import builder, builtin, functions, optimizer, tens
 from torch._dynamo.variables.constant import ConstantVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..clock import timing
+from ..clock import tell, timing
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
+from ..progress import progress
 from . import (
     abandoned,
     consumed,
@@ -62,6 +63,7 @@ from .dynamo_backward import backward
 from .dynamo_common import (
     current_record,
     fail,
+    frame_name,
     inside,
     is_none,
     local,
@@ -75,8 +77,10 @@ from .gradients import mixed_modes
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .once import once_hook
+from .reasons import change_of
 from .record import FrameRecord
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
+from .same import same_hook
 from .selects import refuse_written
 from .setup import inline_hook, unsettled
 
@@ -89,6 +93,17 @@ SETTINGS = {
     "allow_unspec_int_on_nn_module": True,  # a counter of a module that changes is no constant
     "skip_nnmodule_hook_guards": False,  # hooks that come later are seen
 }
+
+# of other modules: the owner, what it calls by a name, and what makes ours of that
+_HOOKS = (
+    *dynamo_hooks.HOOKS,
+    *indexing.HOOKS,
+    *substitutes.HOOKS,
+    *unbacked.HOOKS,
+    *consumed.HOOKS,
+    *replicas.HOOKS,
+    *sdpa.HOOKS,
+)
 
 # a frame, and what it calls, as plain Python; a backward in it raises: see eager.py
 _PLAIN = ConvertFrameReturn(FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
@@ -121,8 +136,9 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         outer = current_record()
         local.record = record
         try:
-            with timing("dynamo"), _patches(), _limits(args[0]):
-                result = _numbers_first(record, original, *args, **kwargs)
+            with timing("dynamo") as clock, progress(clock, frame_name(args[0]), backend.progress):
+                with _patches(), _limits(args[0]):
+                    result = _numbers_first(record, original, *args, **kwargs)
             _trains[args[0]] = bool(record.events)
             for call in record.at_end:
                 call()
@@ -169,12 +185,12 @@ def _limits(code: CodeType) -> contextlib.AbstractContextManager[Any]:
 
 
 def _reason_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember the guard that failed: what an error about too many compilations has to name."""
+    """Remember what has changed since the graph that was used last: it comes first."""
 
-    def reasons_of(*args: Any, **kwargs: Any) -> Any:
-        reasons = original(*args, **kwargs)
+    def reasons_of(entries: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        reasons = original(entries, frame, *args, **kwargs)
         if reasons:
-            record_of_frame().recompile_reason = str(reasons[0])
+            record_of_frame().changed = change_of(str(reasons[0]), frame.f_locals, frame.f_globals)
         return reasons
 
     return reasons_of
@@ -210,6 +226,7 @@ def _patches() -> Iterator[None]:
         patch(optimizer.OptimizerVariable, "call_method", optimizer_call_method)
         patch(optimizer.OptimizerVariable, "var_getattr", optimizer_var_getattr)
         patch(builder.VariableBuilder, "_wrap", one_of_many(_wrap_hook(builder.VariableBuilder._wrap)))
+        patch(builder.VariableBuilder, "__call__", same_hook(builder.VariableBuilder.__call__))
         patch(builder, "get_static_address_type", lambda _: None)
         effects = side_effects.SideEffects
         patch(effects, "codegen_update_mutated", codegen_hook(effects.codegen_update_mutated))
@@ -241,15 +258,7 @@ def _patches() -> Iterator[None]:
             "call_function",
             module_zero_grad_hook(functions.UserMethodVariable.call_function),
         )
-        for owner, name, hook in (
-            *dynamo_hooks.HOOKS,
-            *indexing.HOOKS,
-            *substitutes.HOOKS,
-            *unbacked.HOOKS,
-            *consumed.HOOKS,
-            *replicas.HOOKS,
-            *sdpa.HOOKS,
-        ):
+        for owner, name, hook in _HOOKS:
             patch(owner, name, hook(getattr(owner, name)))
         patch(output_graph.OutputGraph, "__init__", _restart_hook(output_graph.OutputGraph.__init__))
         patch(
@@ -314,6 +323,7 @@ def _wrap_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_backward_hooks(value)
             name = readable_name(self.source.name) if self.source else ""
             record_of_frame().modules.append((name, value))
+            tell(name)
         return original(self, value)
 
     return _wrap

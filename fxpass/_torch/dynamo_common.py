@@ -81,6 +81,12 @@ def inside(stack: traceback.StackSummary, code: CodeType | None) -> bool:
     return bool(theirs) and code is not None and theirs[-1].name not in _names(code)
 
 
+def frame_name(code: CodeType) -> str:
+    """``step (train.py:12)``; of a part of it that follows a graph break, where that begins."""
+    name, _, line = re.sub(r"^torch_dynamo_resume_in_(.*)_at_(\d+)$", r"\1@\2", code.co_name).partition("@")
+    return f"{name} ({os.path.basename(code.co_filename)}:{line or code.co_firstlineno})"
+
+
 def _names(code: CodeType) -> tuple[str, str]:
     """The function's name, and behind the prefix of a part of it that Dynamo has made."""
     name = code.co_name

@@ -19,7 +19,7 @@ from unittest import mock
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-from ..clock import stage
+from ..clock import stage, tell
 
 # At most: a change in one kernel compiles its neighbours again. At least, where there are
 # enough workers for less: what sharing saves is saved with few.
@@ -73,7 +73,8 @@ class _Batch:
         size = max(LEAST, min(MOST, -(-len(kernels) // max(1, get_compile_threads()))))
         started = [_build(kernels[first : first + size]) for first in range(0, len(kernels), size)]
         built: dict[_Kernel, Callable[..., Any]] = {}
-        for finish in started:
+        for number, finish in enumerate(started, 1):
+            tell(f"program {number} of {len(started)}")
             built |= finish()
         for scope in self.scopes:
             for name, value in scope.items():

@@ -50,6 +50,15 @@ class StepEvent:
         return optimizer
 
 
+@dataclass(frozen=True)
+class Change:
+    """What makes a call of a frame another one than the graph that ran last is for."""
+
+    guard: str  # in Dynamo's words
+    text: str  # in the user's
+    where: str  # line of the user's that needs to know
+
+
 @dataclass
 class FrameRecord:
     """Everything the hooks learnt from one frame."""
@@ -59,7 +68,7 @@ class FrameRecord:
     count: Callable[[torch.optim.Optimizer, int], dict[Slot, Any]] = lambda *_: {}
     limit: int = 8  # how often one code may be compiled for the same objects: torch's setting
     graph: weakref.ref[torch.fx.Graph] | None = None  # that Dynamo writes
-    recompile_reason: str = ""  # the guard that failed, if the frame was compiled before
+    changed: Change | None = None  # since the graph that ran last, if the frame was compiled before
     backwards: list[str] = field(default_factory=list)  # user line of each backward()
     leaf_grads: list[LeafGrad] = field(default_factory=list)
     reached: bool = False  # a backward() led to a leaf
@@ -122,7 +131,7 @@ class FrameRecord:
     def restart(self) -> None:
         """Forget what was seen: Dynamo traces the frame again from its start."""
         kept = FrameRecord(self.backend, self.code, self.count, self.limit, error=self.error)
-        kept.recompile_reason = self.recompile_reason
+        kept.changed = self.changed
         kept.set_up, kept.broke, kept.declined = self.set_up, self.broke, self.declined
         for call in kept.set_up:
             call.shown = call.entered = False

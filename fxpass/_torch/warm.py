@@ -24,6 +24,7 @@ from torch._functorch.aot_autograd import SerializableAOTDispatchCompiler
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule
 
 from ..clock import stage
@@ -105,6 +106,11 @@ def not_cached(settings: Mapping[str, Any]) -> str:
     if not hasattr(functorch_config, "bundled_autograd_cache"):
         return "this torch keeps no step"
     return "cudagraphs are recorded in each process" if recorded else ""
+
+
+def cache_directory() -> str:
+    """Where torch's caches on disk are."""
+    return cache_dir()
 
 
 def compiler(compile_inner: Callable[..., Any]) -> Callable[..., Any]:

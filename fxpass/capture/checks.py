@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch.fx import GraphModule
 from .. import _torch
 from ..errors import CaptureError, OptimizerError
 from ..ir.graph import Read
-from ..ir.provenance import frames_in, innermost
+from ..ir.provenance import innermost
 from ..ir.slots import Slot
 from . import gradients
 from .breaks import Break
@@ -145,20 +144,15 @@ class Compilations:
         live = [o() for o in optimizers]
         same = [1 for code, known in self.done if code is record.code and _same([o() for o in known], live)]
         if record.events and len(same) >= record.limit:
-            guard, where = _failed_guard(record.recompile_reason)
             hint = (
                 "make it a tensor or let it change outside of the step; if the step needs so many graphs, "
                 "raise torch._dynamo.config.recompile_limit"
             )
-            found = f"the step was compiled {record.limit} times and has to be compiled again: not {guard}"
+            found = f"the step was compiled {record.limit} times and has to be compiled again"
+            if (changed := record.changed) is not None:
+                found += f": not {changed.guard} ({changed.text})"
+            where = changed.where if changed is not None else ""
             raise CaptureError(found, where=where or record.events[0].where, hint=hint)
-
-
-def _failed_guard(reason: str) -> tuple[str, str]:
-    """What Dynamo says of a guard that failed: ``len(history) == 7``, and the user's line that needs it."""
-    guard = reason.splitlines()[0].partition("#")[0] if reason else ""
-    where = [f"{frame.path}:{frame.line} in {frame.function}" for frame in frames_in(reason)]
-    return re.sub(r"^[\d/ -]+:", "", guard).strip(), where[-1] if where else ""
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:

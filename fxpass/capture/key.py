@@ -99,7 +99,8 @@ def _graph(captured: Captured) -> Iterator[str]:
         target = "" if node.op == "output" else _target(node)
         facts = {key: fact for key, fact in sorted(node.meta.items()) if key not in _NO_MATTER}
         if stack := facts.pop("nn_module_stack", None):
-            facts["modules"] = [(path, _class(kind)) for path, kind in stack.values()]
+            # their names decide, by option keep_fp32; their classes' do not: __main__ in a script of its own
+            facts["modules"] = [path for path, _ in stack.values()]
         yield f"{node.name} {node.op} {target} {_say(node.args)} {_say(node.kwargs)} {shape} {_say(facts)}"
 
 

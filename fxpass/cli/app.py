@@ -10,6 +10,7 @@ import click
 
 from .. import __version__
 from ..errors import FxpassError, OptionError
+from .compile import compile_
 from .doctor import doctor
 from .errors import UsageProblem
 from .explain import explain
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "graph": graph,
     "memory": memory,
     "report": report,
+    "compile": compile_,
     "passes": passes,
     "explain": explain,
     "doctor": doctor,
@@ -38,7 +40,7 @@ def app() -> None:
 
     TARGET is FILE.py:FUNCTION or MODULE:FUNCTION, a function that returns (step, args) or
     (step, args, kwargs), or a built-in step: gpt, cnn, lstm, bert, gpt-124M, gpt-1.3B, gpt-7B.
-    The step is never run.
+    Only compile runs the step.
     """
 
 

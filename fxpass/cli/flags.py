@@ -18,7 +18,8 @@ from ..report.memory import AUTO, GRAPH, NOTES, PROGRAM
 from .errors import UsageProblem
 
 Command = Callable[..., Any]
-GROUP = "data_parallel"  # no text is one: --ranks stands for it
+# no text is a group: --ranks stands for it; the commands say themselves what they do
+GROUP, PROGRESS = "data_parallel", "progress"
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -94,7 +95,9 @@ def backend_options(command: Command) -> Command:
         texts = {n: ",".join(v) if isinstance(v, tuple) else str(v) for n, v in given.items()}
         return command(options=parse_all(texts), **kwargs)
 
-    fields = [f for f in dataclasses.fields(Options) if not isinstance(_default(f), dict) and f.name != GROUP]
+    left_out = (GROUP, PROGRESS)
+    given = [f for f in dataclasses.fields(Options) if f.name not in left_out]
+    fields = [f for f in given if not isinstance(_default(f), dict)]
     names = [f.name for f in fields]
     wrapped: Command = with_options
     for field in reversed(fields):

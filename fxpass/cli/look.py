@@ -23,7 +23,7 @@ def look_at(
     """Capture ``target`` and run the passes; see ``fxpass.dry_run.dry_run``."""
     found = load(target)
     if device is not None:
-        _check_device(device)
+        check_device(device)
     with working(f"capturing {target}"):
         return dry_run(
             found.make,
@@ -36,7 +36,8 @@ def look_at(
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ``UsageProblem`` for a text that names no device."""
     import torch
 
     from .errors import UsageProblem

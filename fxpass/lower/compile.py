@@ -11,7 +11,7 @@ import torch
 from .. import _torch
 from ..analysis.memory import MemoryProfile, graph_profile
 from ..analysis.scratch import scratch
-from ..clock import stage
+from ..clock import stage, tell
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from .half_gemm import replace_half_gemms
@@ -92,6 +92,7 @@ def _on_cpu(inputs: Sequence[Any]) -> bool:
 
 
 def _whole(step: StepGraph, inputs: Sequence[Any], settings: Mapping[str, Any], dry: bool) -> _torch.Compiled:
+    tell(f"the step, {len(step.graph.nodes)} nodes")
     step.gm.recompile()
     static = [i for i, n in enumerate(step.inputs()) if step.roles[n] is not Role.INPUT]
     return _torch.compile_graph(step.gm, inputs, settings, static, scratch, dry=dry)
@@ -111,10 +112,10 @@ def _outlined(
     graphs = {key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for key, unit in first.items()}
     calls = call_units(step, units, check=check)
     main = _whole(step, inputs, settings, dry)
-    compiled = {
-        key: _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)
-        for key, (gm, fakes) in graphs.items()
-    }
+    compiled = {}
+    for number, (key, (gm, fakes)) in enumerate(graphs.items(), 1):
+        tell(f"repeated update {number} of {len(graphs)}")
+        compiled[key] = _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)
     runs = {
         call.name: UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
         for call, unit in zip(calls, units, strict=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..clock import stage
+from ..clock import stage, tell
 from ..errors import VerifyError
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph
@@ -42,6 +42,7 @@ def run_pipeline(
     records = []
     for graph_pass in passes:
         start = time.process_time()
+        tell(f"{graph_pass.name}, {len(step.graph.nodes)} nodes")
         edit = Editor(step, graph_pass.name)
         graph_pass.run(step, edit)
         seconds = time.process_time() - start

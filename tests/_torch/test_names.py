@@ -23,6 +23,8 @@ torch._dynamo.side_effects.SideEffects.is_empty
 torch._dynamo.side_effects.SideEffects.is_modified
 torch._dynamo.side_effects.SideEffects.prune_dead_object_new
 torch._dynamo.source.GlobalSource
+torch._dynamo.source.is_from_local_source
+torch._dynamo.source.is_from_optimizer_source
 torch._dynamo.symbolic_convert.InliningInstructionTranslator.inline_call
 torch._dynamo.symbolic_convert.InstructionTranslator.run
 torch._dynamo.symbolic_convert.InstructionTranslator.should_compile_partial_graph

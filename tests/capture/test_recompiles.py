@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision, OptimizerError
+from fxpass._torch.reasons import change_of
 from tests.helpers import EAGER, Mlp, Training, batches, compare
 
 CALLS = batches(11)
@@ -141,7 +143,8 @@ def test_a_list_that_the_step_reads_is_guarded() -> None:
     step(*CALLS[0])
     factors.append(2.0)
     step(*CALLS[1])
-    assert len(mp.graphs) == 2
+    assert [g.why for g in mp.graphs] == ["the first call", "len(factors) was 1, is 2"]
+    assert mp.graphs[1].reason().startswith("step (test_recompiles.py:")
     assert mp.stats().steps == 2
 
 
@@ -229,6 +232,114 @@ def test_models_as_arguments_are_new_steps_too() -> None:
         alive.append((net, opt))
         step(net, opt, *CALLS[0])
     assert mp.stats().steps == 10
+    assert {g.why for g in mp.graphs[1:]} == {"opt is another SGD now"}
+
+
+def _replace(what: str, net: Mlp, opt: torch.optim.Optimizer) -> None:
+    new = nn.Linear(net.last.in_features, net.last.out_features)
+    if what == "layer":
+        net.last = new
+    elif what == "weight":
+        net.last.weight = new.weight
+    else:
+        params = opt.param_groups[0]["params"]
+        params[next(i for i, p in enumerate(params) if p is net.last.weight)] = new.weight
+
+
+@pytest.mark.parametrize("what", ["layer", "weight", "entry of the optimizer"])
+def test_what_no_longer_is_the_optimizers_is_not_updated(what: str) -> None:
+    results = []
+    for backend in (None, MixedPrecision(**EAGER)):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        net = Mlp()
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+        def step(x: Tensor, y: Tensor, net: Mlp = net, opt: torch.optim.Optimizer = opt) -> None:
+            opt.zero_grad()
+            mse_loss(net(x), y).backward()
+            opt.step()
+
+        run = step if backend is None else torch.compile(step, backend=backend)
+        run(*CALLS[0])
+        before = [*net.parameters()]
+        _replace(what, net, opt)
+        run(*CALLS[1])
+        results.append([*before, *net.parameters(), *opt.param_groups[0]["params"]])
+        assert backend is None or backend.stats().steps == 2
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_run_takes_three_graphs() -> None:
+    """Warm-up and decay, batches of three sizes, evaluation, a checkpoint."""
+    net, mp = Mlp(), MixedPrecision(**EAGER)
+    opt = torch.optim.AdamW(net.parameters(), lr=0.01)
+    warm_up = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=2)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 4)
+    schedule = torch.optim.lr_scheduler.SequentialLR(opt, [warm_up, decay], [2])
+    evaluate = torch.compile(lambda x: net(x), backend=mp)
+
+    @torch.compile(backend=mp)
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = mse_loss(net(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+
+    for epoch in range(3):
+        for rows in (8, 12, 5):
+            step(*batches(1, rows)[0])
+            schedule.step()
+        net.eval()
+        with torch.no_grad():
+            evaluate(batches(1, 8)[0][0])
+        net.train()
+        if epoch == 1:
+            saved = (net.state_dict(), opt.state_dict(), schedule.state_dict(), mp.state_dict())
+            for owner, state in zip((net, opt, schedule, mp), copy.deepcopy(saved), strict=True):
+                owner.load_state_dict(state)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    assert mp.stats().steps == 9
+    assert [g.why for g in mp.graphs] == ["the first call", "x.shape[0] was 8, is 12", "the first call"]
+
+
+GUARDS = {
+    "0/0: tensor 'x' size mismatch at index 1. expected 8, actual 12": "x.shape[1] was 8, is 12",
+    "0/0: tensor 'x' stride mismatch at index 0. expected 8, actual 1": "x.stride(0) was 8, is 1",
+    "0/0: tensor 'm._modules['0']._parameters['weight']' requires_grad mismatch. expected requires_grad=1. "
+    "Guard failed on a parameter, consider using ...": "m.0.weight.requires_grad was True, is False",
+    "0/1: tensor 'x' dtype mismatch. expected Float, actual BFloat16": "x.dtype was float32, is bfloat16",
+    "0/2: G['epoch'] == 0   # if epoch == 0:  # train.py:7 in step": "epoch was 0, is 3",
+    "0/0: x.size()[0] <= 3": "x.shape[0] was at most 3, is 4",
+    "0/0: x.size()[0] == x.size()[1]": "x.shape[0] == x.shape[1] no longer holds: 4 and 2",
+    "0/0: 2 <= x.size()[0] <= 3": "x.shape[0] was at most 3, is 4",
+    "0/0: 5 <= x.size()[0] <= 9": "x.shape[0] was at least 5, is 4",
+    "0/0: epochs == 2.5 and mode == 'slow'": "mode was 'slow', is 'fast'",
+    "0/0: mode is None": "mode was None, is 'fast'",
+    "0/0: not hooks  # f()": "hooks was empty or false, is [1]",
+    "0/0: 'a' in options": "options had 'a', has none now",
+    "0/0: ___check_obj_id(flag, 93), type=<class 'bool'>": "flag is True now",
+    "0/0: ___check_type_id(epochs, 93), type=<class 'int'>": "the type of epochs was int, is float",
+    "0/0: GLOBAL_STATE changed: grad_mode ": "a setting of torch changed: grad_mode",
+    "0/0: Cache line invalidated because L['m'] got deallocated": "m is another object now: the one before "
+    "was freed",
+    "0/0: a guard that torch 3 writes": "not a guard that torch 3 writes",
+    "0/0: mode.missing == 3": "not mode.missing == 3",
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_reason_is_in_the_users_words(guard: str) -> None:
+    values = {
+        "x": torch.ones(4, 2),
+        "mode": "fast",
+        "hooks": [1],
+        "options": {},
+        "flag": True,
+        "epochs": 2.5,
+        "m": nn.Sequential(nn.Linear(2, 2)),
+    }
+    assert change_of(guard, values, {"epoch": 3}).text == GUARDS[guard]
 
 
 def test_past_the_limit_the_error_names_the_guard_and_its_line() -> None:
@@ -242,7 +353,7 @@ def test_past_the_limit_the_error_names_the_guard_and_its_line() -> None:
     training, mp = _after(note)(), MixedPrecision(**EAGER)
     step = torch.compile(training.step, backend=mp)
     before: list[Tensor] = []
-    with pytest.raises(CaptureError, match=r"compiled 8 times .* not len\(") as error:  # noqa: PT012
+    with pytest.raises(CaptureError, match=r"compiled 8 times .* not len\(.* was 7, is 8") as error:  # noqa: PT012
         for call in CALLS:
             before = [p.detach().clone() for p in training.models[0].parameters()]
             step(*call)

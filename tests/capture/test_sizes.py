@@ -32,6 +32,11 @@ def test_batches_of_many_sizes_the_last_of_one() -> None:
         return Training(step, [net], [opt], calls)
 
     mp = compare(build, graphs=3)  # 8 rows, any number of rows, 1 row
+    assert [g.why for g in mp.graphs] == [
+        "the first call",
+        "x.shape[0] was 8, is 12",
+        "x.shape[0] was at least 2, is 1",
+    ]
     assert mp.graphs[1].memory.at(batch=100).peak.bytes > mp.graphs[1].memory.peak.bytes
 
 

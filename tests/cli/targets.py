@@ -26,6 +26,19 @@ def mlp() -> Any:
     return step, (torch.randn(6, 4), torch.randn(6, 2))
 
 
+def tiny() -> Any:
+    """One weight and SGD: the least there is to compile."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+
+    def step() -> None:
+        weight.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, ()
+
+
 def mlp_48() -> Any:
     return mlp()[0], (torch.randn(48, 4), torch.randn(48, 2))
 
