@@ -270,6 +270,32 @@ def test_what_no_longer_is_the_optimizers_is_not_updated(what: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
+_ELSEWHERE = nn.ModuleList([nn.Linear(4, 2)])
+
+
+def test_a_layer_by_a_local_and_a_global_name() -> None:
+    """In the first call they are one layer, in the second two."""
+    results = []
+    for backend in (None, MixedPrecision(**EAGER)):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        first, second = nn.Linear(4, 2), nn.Linear(4, 2)
+        _ELSEWHERE[0] = first
+        opt = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+
+        def step(layer: nn.Module, x: Tensor, y: Tensor, opt: torch.optim.Optimizer = opt) -> None:
+            opt.zero_grad()
+            mse_loss(layer(x) + 0.5 * _ELSEWHERE[0](x), y).backward()
+            opt.step()
+
+        run = step if backend is None else torch.compile(step, backend=backend)
+        for layer, call in zip((first, second, first), CALLS, strict=False):
+            run(layer, *call)
+        results.append([*first.parameters(), *second.parameters()])
+        assert backend is None or backend.stats().steps == 3
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_whole_run_takes_three_graphs() -> None:
     """Warm-up and decay, batches of three sizes, evaluation, a checkpoint."""
     net, mp = Mlp(), MixedPrecision(**EAGER)
