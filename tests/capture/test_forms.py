@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import MixedPrecision
-from tests.helpers import FP32, Mlp, Training, batches, compare
+from tests.helpers import EAGER, FP32, Mlp, Training, batches, compare
 
 Step = Callable[..., Any]
 
@@ -274,7 +274,8 @@ def train(step_of: Callable[[Mlp, Any], Step]) -> Callable[[], Training]:
 @pytest.mark.parametrize("keep", [False, True], ids=["drop", "keep"])
 def test_form(form: Any, keep: bool) -> None:
     # a scale without casts: were anything scaled and not unscaled again, it would show
-    mp = MixedPrecision(**FP32, grads="keep" if keep else "drop", loss_scale=1024.0)
+    options = {**EAGER, "grads": "keep"} if keep else FP32
+    mp = MixedPrecision(**options, loss_scale=1024.0)
     compare(train(form), grads=keep, handle=mp)
 
 
