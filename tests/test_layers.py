@@ -1,9 +1,13 @@
-"""Attention with every kind of mask, the usual losses and layers: each follows torch.amp for some steps."""
+"""Attention with every kind of mask, the usual losses and layers: each follows torch.amp for some steps.
+
+One by one with codegen="eager", and as users run them several in a step.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -20,10 +24,22 @@ pytestmark = [
 STEPS = 6
 
 
-def follows(build: Callable[[], Case], dtype: torch.dtype = torch.float16, tolerance: float = 0.02) -> None:
-    actual, expected = both(build, dtype, STEPS)
+def follows(build: Callable[[], Case], dtype: torch.dtype = torch.float16, codegen: str = "inductor") -> None:
+    actual, expected = both(build, dtype, STEPS, codegen)
     assert all(map(math.isfinite, expected))
-    assert actual == pytest.approx(expected, rel=tolerance, abs=2e-3)
+    assert actual == pytest.approx(expected, rel=0.02, abs=2e-3)
+
+
+def together(builds: Sequence[Callable[[], Case]]) -> Case:
+    """All of them in one step, whose loss is the sum of theirs."""
+    models, losses, inputs = zip(*(build() for build in builds), strict=True)
+    ends = list(itertools.accumulate(map(len, inputs), initial=0))
+
+    def loss(model: nn.Module, *args: Tensor) -> Tensor:
+        parts = [args[a:b] for a, b in itertools.pairwise(ends)]
+        return sum(one(m, *x) for one, m, x in zip(losses, model.children(), parts, strict=True))
+
+    return nn.ModuleList(models), loss, tuple(x for own in inputs for x in own)
 
 
 def causal(length: int) -> Tensor:
@@ -59,7 +75,15 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_masks(mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
-    follows(lambda: (Attention(mask), lambda m, x: F.mse_loss(m(x), x), (torch.randn(2, 6, 8),)), dtype)
+    follows(_attention(mask), dtype, "eager")
+
+
+def test_masks_by_default() -> None:
+    follows(lambda: together([_attention(mask) for mask in MASKS.values()]))
+
+
+def _attention(mask: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Case]:
+    return lambda: (Attention(mask), lambda m, x: F.mse_loss(m(x), x), (torch.randn(2, 6, 8),))
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
@@ -109,11 +133,20 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_losses(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    follows(_with_loss(loss), codegen="eager")
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_losses_by_default(part: int) -> None:
+    follows(lambda: together([_with_loss(loss) for loss in [*LOSSES.values()][part::3]]))
+
+
+def _with_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Case]:
     def build() -> Case:
         model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
         return model, lambda m, x, y: loss(m(x), y), (torch.randn(8, 4), torch.randn(8, 3))
 
-    follows(build)
+    return build
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -154,7 +187,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 def test_layers(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
-    follows(lambda: (make(), lambda m, x: m(x).float().square().mean(), (torch.randn(shape),)))
+    follows(_layer(make, shape), codegen="eager")
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_layers_by_default(part: int) -> None:
+    follows(lambda: together([_layer(*entry) for entry in [*LAYERS.values()][part::4]]))
+
+
+def _layer(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Callable[[], Case]:
+    return lambda: (make(), lambda m, x: m(x).float().square().mean(), (torch.randn(shape),))
 
 
 def test_batch_norm_statistics_are_eager_s() -> None:

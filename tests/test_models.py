@@ -218,14 +218,14 @@ def one_known_graph(mp: MixedPrecision) -> None:
 
 
 def both(
-    build: Callable[[], Case], dtype: torch.dtype, steps: int = STEPS
+    build: Callable[[], Case], dtype: torch.dtype, steps: int = STEPS, codegen: str | None = None
 ) -> tuple[list[float], list[float]]:
     """Losses of the compiled step and of eager torch.amp, from the same weights."""
     case = build()
     twin = copy.deepcopy(case[0]), *case[1:]
     scale = SCALE if dtype is torch.float16 else None
     # as users run it in float16; the other two for breadth
-    codegen = "inductor" if dtype is torch.float16 else "eager"
+    codegen = codegen or ("inductor" if dtype is torch.float16 else "eager")
     mp = MixedPrecision(dtype=dtype, loss_scale=scale, codegen=codegen)
     actual = train(case, None, mp, steps)
     one_known_graph(mp)
