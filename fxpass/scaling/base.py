@@ -77,6 +77,46 @@ class NoLossScale(LossScale):
         return 1.0
 
 
+class MovingLossScale(LossScale):
+    """Base of the policies whose scale moves, between bounds; each gives these settings its defaults."""
+
+    init_scale: float
+    min_scale: float
+    max_scale: float
+    patience: int  # overflows in a row at ``min_scale`` that end the training
+
+    @property
+    def init(self) -> float:
+        return float(self.init_scale)
+
+    @property
+    def dynamic(self) -> bool:
+        return True
+
+    @property
+    def lowest(self) -> float:
+        return self.min_scale
+
+    @property
+    def stuck_after(self) -> int | None:
+        return self.patience
+
+    def within(self, scale: float) -> float:
+        """``scale``, or the bound that it is beyond."""
+        return min(max(scale, self.min_scale), self.max_scale)
+
+    def check_range(self) -> None:
+        """Raise ``OptionError`` for a bound, a first scale or a patience that makes no sense."""
+        cls = type(self)
+        for name in ("init_scale", "min_scale", "max_scale"):
+            value = getattr(self, name)
+            ok = is_number(value) and SMALLEST <= value <= LARGEST
+            check(cls, name, value, ok, "a finite number > 0 that float32 holds")
+        check(cls, "min_scale", self.min_scale, self.min_scale <= self.init_scale, "at most init_scale")
+        check(cls, "max_scale", self.max_scale, self.max_scale >= self.init_scale, "at least init_scale")
+        check_counts(self, "patience")
+
+
 def count_stuck(out: Writer, overflow: Node, lowest: float) -> None:
     """Write the field ``stuck``: overflows in a row at the lowest scale."""
     at_floor = out.op(aten.le.Scalar, out.read["scale"], lowest)
@@ -94,18 +134,6 @@ def check(cls: type, field: str, value: object, ok: bool, allowed: str) -> None:
 def is_number(value: object) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_range(policy: Any) -> None:
-    """Check init_scale, min_scale, max_scale and patience, which all moving scales have."""
-    cls = type(policy)
-    for name in ("init_scale", "min_scale", "max_scale"):
-        value = getattr(policy, name)
-        ok = is_number(value) and SMALLEST <= value <= LARGEST
-        check(cls, name, value, ok, "a finite number > 0 that float32 holds")
-    check(cls, "min_scale", policy.min_scale, policy.min_scale <= policy.init_scale, "at most init_scale")
-    check(cls, "max_scale", policy.max_scale, policy.max_scale >= policy.init_scale, "at least init_scale")
-    check_counts(policy, "patience")
 
 
 def check_counts(policy: Any, *names: str, least: int = 1) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch.fx import Node
 
 from ..errors import OptionError
-from .base import LARGEST, SMALLEST, LossScale, check, check_counts, check_range, count_stuck
+from .base import LARGEST, SMALLEST, MovingLossScale, check, check_counts, count_stuck
 from .writer import Writer
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class DynamicLossScale(LossScale):
+class DynamicLossScale(MovingLossScale):
     """torch.amp.GradScaler's state machine, with a floor, a ceiling and hysteresis.
 
     An overflow multiplies the scale by ``backoff_factor`` and never takes it
@@ -57,7 +57,7 @@ class DynamicLossScale(LossScale):
         cls = type(self)
         check_counts(self, "growth_interval", "hysteresis")
         check_counts(self, "growth_delay", least=0)
-        check_range(self)
+        self.check_range()
         check(cls, "growth_factor", self.growth_factor, self.growth_factor >= 1, "a finite number >= 1")
         check(cls, "backoff_factor", self.backoff_factor, 0 < self.backoff_factor < 1, "between 0 and 1")
         for name in ("consecutive_hysteresis", "saturate"):
@@ -95,22 +95,6 @@ class DynamicLossScale(LossScale):
             values[own] = value
         return cls(**values)
 
-    @property
-    def init(self) -> float:
-        return float(self.init_scale)
-
-    @property
-    def dynamic(self) -> bool:
-        return True
-
-    @property
-    def lowest(self) -> float:
-        return self.min_scale
-
-    @property
-    def stuck_after(self) -> int | None:
-        return self.patience
-
     def grad_scaler(self) -> dict[str, float]:
         return {
             "growth_factor": self.growth_factor,
@@ -122,8 +106,7 @@ class DynamicLossScale(LossScale):
         return {**super().first(), "growth_tracker": -self.growth_delay}
 
     def resumed(self, scale: float, growth_tracker: int) -> dict[str, float]:
-        within = min(max(scale, self.min_scale), self.max_scale)
-        return {"scale": within, "growth_tracker": max(growth_tracker, -self.growth_delay)}
+        return {"scale": self.within(scale), "growth_tracker": max(growth_tracker, -self.growth_delay)}
 
     def move(self, out: Writer, overflow: Node, magnitudes: Sequence[Node], limit: float) -> None:
         read = out.read

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ..errors import OptionError
-from .base import LossScale, check, check_counts, check_range, count_stuck
+from .base import MovingLossScale, check, check_counts, count_stuck
 from .writer import Writer
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ MARGIN_LIMIT = 16.0
 
 
 @dataclass(frozen=True)
-class HeadroomLossScale(LossScale):
+class HeadroomLossScale(MovingLossScale):
     """The largest power of two that leaves the gradients the headroom they need.
 
     Each step the largest gradient magnitude, which the finite check finds
@@ -56,7 +56,7 @@ class HeadroomLossScale(LossScale):
     patience: int = 50
 
     def __post_init__(self) -> None:
-        check_range(self)
+        self.check_range()
         check_counts(self, "window", least=2)
         rate = self.overflow_rate
         ok = isinstance(rate, float) and 0 < rate < 0.5
@@ -65,28 +65,11 @@ class HeadroomLossScale(LossScale):
             found = f"no power of two between min_scale={self.min_scale} and max_scale={self.max_scale}"
             raise OptionError(f"HeadroomLossScale: {found}")
 
-    @property
-    def init(self) -> float:
-        return float(self.init_scale)
-
-    @property
-    def dynamic(self) -> bool:
-        return True
-
-    @property
-    def lowest(self) -> float:
-        return self.min_scale
-
-    @property
-    def stuck_after(self) -> int | None:
-        return self.patience
-
     def grad_scaler(self) -> dict[str, float]:
         return {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}  # its defaults
 
     def resumed(self, scale: float, growth_tracker: int) -> dict[str, float]:
-        within = min(max(scale, self.min_scale), self.max_scale)
-        return {"scale": within, "growth_tracker": max(growth_tracker, 0)}
+        return {"scale": self.within(scale), "growth_tracker": max(growth_tracker, 0)}
 
     def move(self, out: Writer, overflow: Node, magnitudes: Sequence[Node], limit: float) -> None:
         """``2**floor(-(mean + z * deviation + margin))``, of ``log2(largest / scale / limit)``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,24 +20,26 @@ from tests.cuda.device import COUNTS_ONLY
 FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"
 
 
-def attend(layout: str = "bshd", heads: int = 16, kernel: SDPBackend | None = None, **options: Any) -> Any:
-    """A function of a projection's result, whose heads have so many elements."""
+class Attend:
+    """Attention of a projection's result, whose heads have so many elements."""
 
-    def attention(x: Tensor) -> Tensor:
-        q, k, v = x.unflatten(-1, (3, 2, heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        if layout == "bhsd":
+    def __init__(
+        self, layout: str = "bshd", heads: int = 16, kernel: SDPBackend | None = None, **options: Any
+    ) -> None:
+        self.layout, self.heads, self.kernel, self.options = layout, heads, kernel, options
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q, k, v = x.unflatten(-1, (3, 2, self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.layout == "bhsd":
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
-            mixed = F.scaled_dot_product_attention(q, k, v, **options)
+        with sdpa_kernel(self.kernel) if self.kernel is not None else contextlib.nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v, **self.options)
         return mixed.transpose(1, 2).flatten(2)
 
-    attention.heads = heads  # type: ignore[attr-defined]
-    return attention
 
-
-def kernels(attention: Callable[[Tensor], Tensor], **options: Any) -> tuple[str, list[str]]:
+def kernels(attention: Attend, **options: Any) -> tuple[str, list[str]]:
     """Train two steps; the kernel of forward, and the lines of the graph that call one."""
-    model = nn.Linear(8, 6 * attention.heads).cuda()  # type: ignore[attr-defined]
+    model = nn.Linear(8, 6 * attention.heads).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     mp = fxpass.MixedPrecision(**options)
 
@@ -62,16 +63,16 @@ def kernels(attention: Callable[[Tensor], Tensor], **options: Any) -> tuple[str,
 @pytest.mark.parametrize(
     "attention",
     [
-        attend(),
-        attend(is_causal=True, dropout_p=0.1),
-        attend(scale=0.5),
-        attend("bhsd"),
-        attend(heads=12),
-        attend(kernel=SDPBackend.FLASH_ATTENTION),
+        Attend(),
+        Attend(is_causal=True, dropout_p=0.1),
+        Attend(scale=0.5),
+        Attend("bhsd"),
+        Attend(heads=12),
+        Attend(kernel=SDPBackend.FLASH_ATTENTION),
     ],
     ids=["plain", "causal, dropout", "scale", "other strides", "padded", "asked for"],
 )
-def test_flash_attention_in_half_precision(attention: Any, dtype: str) -> None:
+def test_flash_attention_in_half_precision(attention: Attend, dtype: str) -> None:
     name, _ = kernels(attention, dtype=dtype, codegen="eager")
     assert name == FLASH
 
@@ -79,21 +80,21 @@ def test_flash_attention_in_half_precision(attention: Any, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("attention", "options"),
     [
-        (attend(), {"dtype": "float32"}),
-        (attend(attn_mask=torch.ones(32, 32, dtype=torch.bool, device="cuda")), {}),
-        (attend(heads=12, attn_mask=torch.ones(32, 32, dtype=torch.bool, device="cuda")), {}),
-        (attend(kernel=SDPBackend.EFFICIENT_ATTENTION), {}),
+        (Attend(), {"dtype": "float32"}),
+        (Attend(attn_mask=torch.ones(32, 32, dtype=torch.bool, device="cuda")), {}),
+        (Attend(heads=12, attn_mask=torch.ones(32, 32, dtype=torch.bool, device="cuda")), {}),
+        (Attend(kernel=SDPBackend.EFFICIENT_ATTENTION), {}),
     ],
     ids=["float32", "mask", "mask, padded", "asked for"],
 )
-def test_the_other_kernel_where_torch_would_use_it(attention: Any, options: dict[str, Any]) -> None:
+def test_the_other_kernel_where_torch_would_use_it(attention: Attend, options: dict[str, Any]) -> None:
     name, _ = kernels(attention, codegen="eager", **options)
     assert name == EFFICIENT
 
 
 def test_the_arguments_are_those_of_torchs_own_trace() -> None:
     """Traced in half precision, the same attention has the same constants in the same places."""
-    _, found = kernels(attend(is_causal=True, dropout_p=0.1), codegen="eager")
+    _, found = kernels(Attend(is_causal=True, dropout_p=0.1), codegen="eager")
     x = torch.randn(2, 32, 96, device="cuda", dtype=torch.float16, requires_grad=True)
     seen: list[str] = []
 
@@ -104,7 +105,7 @@ def test_the_arguments_are_those_of_torchs_own_trace() -> None:
         return make_boxed_func(gm.forward)
 
     backend = aot_autograd(fw_compiler=keep)
-    torch.compile(attend(is_causal=True, dropout_p=0.1), backend=backend)(x).sum().backward()
+    torch.compile(Attend(is_causal=True, dropout_p=0.1), backend=backend)(x).sum().backward()
     assert [_constants(line) for line in found] == [_constants(line) for line in seen]
 
 
