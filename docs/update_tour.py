@@ -24,8 +24,8 @@ def stages(program: str) -> dict[str, str]:
     """By point, the text that there is of the step; ``program`` defines ``step`` and its ``args``."""
     import torch
 
-    import fxpass.compile
-    from fxpass.dry_run import dry_run
+    import fxpass.hallway.frame
+    from fxpass.hallway.dry_run import dry_run
     from fxpass.passes import PASSES
     from fxpass.report.diff import diff
 
@@ -36,7 +36,7 @@ def stages(program: str) -> dict[str, str]:
         exec(compile(program, "step.py", "exec"), names)
         return names["step"], names["args"], {}
 
-    capture = fxpass.compile.capture
+    capture = fxpass.hallway.frame.capture
 
     def seen(gm: Any, *args: Any, **kwargs: Any) -> Any:
         found["Dynamo"] = _fx_text(gm.graph)
@@ -45,7 +45,7 @@ def stages(program: str) -> dict[str, str]:
         return captured
 
     torch.compiler.reset()
-    with mock.patch.object(fxpass.compile, "capture", seen):
+    with mock.patch.object(fxpass.hallway.frame, "capture", seen):
         run = dry_run(make, {"max_norm": 1.0}, tensors="real")
     views = list(run.views.values())
     found["AOTAutograd"] = run.record.before

@@ -9,9 +9,9 @@ from .errors import LossScaleError as LossScaleError
 from .errors import OptimizerError as OptimizerError
 from .errors import OptionError as OptionError
 from .errors import VerifyError as VerifyError
+from .hallway.graph_record import GraphRecord as GraphRecord
 from .loop import Step as Step
 from .loop import step as step
-from .record import GraphRecord as GraphRecord
 from .runtime.state import StepStats as StepStats
 from .runtime.watch import Diagnosis as Diagnosis
 from .runtime.watch import ParameterDiagnosis as ParameterDiagnosis

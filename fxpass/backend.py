@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from . import _torch
-from .compile import StepState, compile_frame, counters_of
 from .errors import FxpassError, OptionError
+from .hallway.frame import StepState, compile_frame, counters_of
+from .hallway.graph_record import GraphRecord
 from .options import Options, check_inductor, check_names
-from .record import GraphRecord
 from .runtime.state import ScalerState, StepStats
 from .runtime.watch import Diagnosis, diagnose
 

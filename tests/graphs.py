@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-import fxpass.compile
+import fxpass.hallway.frame
 from fxpass import MixedPrecision
 from fxpass.ir.graph import StepGraph, origin
-from fxpass.passes.base import GraphPass
+from fxpass.passes.graph_pass import GraphPass
 from fxpass.passes.pipeline import PassRecord, run_pipeline
 
 
@@ -32,7 +32,7 @@ def graph_of(
         raise _Stop
 
     torch.compiler.reset()
-    with mock.patch.object(fxpass.compile, "run_pipeline", grab):
+    with mock.patch.object(fxpass.hallway.frame, "run_pipeline", grab):
         try:
             torch.compile(step, backend=MixedPrecision(**options))(*args)
         except Exception as error:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxpass import GraphRecord, MixedPrecision, logs
+from fxpass import GraphRecord, MixedPrecision
+from fxpass.hallway import logs
 
 from .graphs import training_step
 

@@ -15,7 +15,8 @@ from queue import Queue
 import pytest
 import torch
 
-from fxpass import FxpassError, MixedPrecision, clock, progress
+from fxpass import FxpassError, MixedPrecision
+from fxpass.timing import clock, progress
 from tests.graphs import training_step
 
 DRAWN = re.compile(r"\x1b7\x1b\[\?7l\x1b\[K(.*?)\x1b\[\?7h\x1b8")

@@ -17,7 +17,7 @@ import torch._functorch.config as functorch_config  # noqa: TID251
 from torch import Tensor, nn
 from torch._dynamo import mark_dynamic  # noqa: TID251
 
-import fxpass.compile
+import fxpass.hallway.frame
 from fxpass import MixedPrecision
 from fxpass.capture import key
 
@@ -83,7 +83,7 @@ def _text(
     step, args = build()
     mp = MixedPrecision(**options)
     reasons: list[str] = []
-    original = fxpass.compile.keep.warm
+    original = fxpass.hallway.frame.keep.warm
 
     def warm(*given: Any) -> Any:
         found = original(*given)
@@ -91,8 +91,8 @@ def _text(
         return found
 
     with (
-        mock.patch.object(fxpass.compile._torch, "trace", trace),
-        mock.patch.object(fxpass.compile.keep, "warm", warm),
+        mock.patch.object(fxpass.hallway.frame._torch, "trace", trace),
+        mock.patch.object(fxpass.hallway.frame.keep, "warm", warm),
         pytest.raises(_Found) as found,
     ):
         torch.compile(step, backend=mp, mode=mode)(*args)
@@ -258,7 +258,7 @@ def _train() -> tuple[MixedPrecision, Training, list[Any]]:
 def test_a_hit_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     first, one, expected = _train()
     for name in ("lower", "run_pipeline"):
-        monkeypatch.setattr(fxpass.compile, name, None)  # neither passes nor lowering
+        monkeypatch.setattr(fxpass.hallway.frame, name, None)  # neither passes nor lowering
     second, two, found = _train()
     assert [g.cache for g in (*first.graphs, *second.graphs)] == ["miss", "hit"]
     same(found, expected, "output")

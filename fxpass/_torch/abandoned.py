@@ -19,7 +19,7 @@ from torch._dynamo.exc import Unsupported, UserError
 
 from ..errors import CaptureError
 from .dynamo_common import fail, function_of, record_of_frame
-from .record import FrameRecord
+from .frame_record import FrameRecord
 from .ways import Ways
 
 DISABLED = "take the training step out of torch.compiler.disable, or call it outside of the compiled function"

@@ -16,7 +16,7 @@ from torch._dynamo.variables import base
 
 from ..errors import CaptureError
 from .dynamo_common import fail, record_of_frame, user_line
-from .record import FrameRecord
+from .frame_record import FrameRecord
 
 
 def one_of_many(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from torch._dynamo import output_graph
 from torch._dynamo.variables import tensor
 
 from .dynamo_common import record_of_frame
-from .gradients import traversed, values_of_transforms
+from .gradient_calls import traversed, values_of_transforms
 
 
 def _note_hook(_: Callable[..., Any]) -> Callable[..., Any]:

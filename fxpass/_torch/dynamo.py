@@ -39,10 +39,10 @@ from torch._dynamo.variables import builder, builtin, functions, optimizer, tens
 from torch._dynamo.variables.constant import ConstantVariable
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..clock import tell, timing
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
-from ..progress import progress
+from ..timing.clock import tell, timing
+from ..timing.progress import progress
 from . import (
     abandoned,
     consumed,
@@ -73,12 +73,12 @@ from .dynamo_common import (
 from .dynamo_hooks import refuse_backward_hooks, refuse_retain_grad
 from .dynamo_optimizer import module_zero_grad_hook, optimizer_call_method, optimizer_var_getattr
 from .eager import watch_backward
-from .gradients import mixed_modes
+from .frame_record import FrameRecord
+from .gradient_calls import mixed_modes
 from .growing import codegen_hook, wrap_growing
 from .handles import readable_name
 from .once import once_hook
 from .reasons import change_of
-from .record import FrameRecord
 from .requires_grad import SETATTR, assignment_hook, input_proxy, toggle_hook
 from .same import same_hook
 from .selects import refuse_written

@@ -17,8 +17,8 @@ from ..ir.marks import GRAD, MARK, SEED
 from . import debugging
 from .dynamo_common import call, fail, is_none, no_grad, record_of_frame, store_grad, user_line
 from .dynamo_hooks import after_accumulation, has_hooks, hooked_gradient
-from .gradients import behind
-from .record import LeafGrad
+from .frame_record import LeafGrad
+from .gradient_calls import behind
 from .replicas import averaged, replica_of
 from .unbacked import no_pending
 

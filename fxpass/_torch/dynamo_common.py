@@ -20,7 +20,7 @@ from torch._dynamo.variables.constant import ConstantVariable
 from torch._guards import TracingContext
 
 from ..errors import FxpassError
-from .record import FrameRecord
+from .frame_record import FrameRecord
 
 VariableTracker = base.VariableTracker
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError
 from .dynamo_common import fail, is_none, record_of_frame, user_line
-from .gradients import gradient_calls
+from .gradient_calls import gradient_calls
 
 VariableTracker = base.VariableTracker
 _GLOBAL = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))

@@ -29,8 +29,8 @@ from .dynamo_common import (
     store_grad,
     user_line,
 )
+from .frame_record import StepEvent, StepParam
 from .optimizer import has_own_zero_grad, is_front
-from .record import StepEvent, StepParam
 from .requires_grad import input_proxy
 
 _PLAIN = (bool, int, float, str, type(None))  # settings that a guard compares by value

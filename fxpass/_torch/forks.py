@@ -37,9 +37,9 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from .dynamo_common import call, is_new, record_of_frame, user_line
+from .frame_record import FrameRecord
 from .given import answer
 from .joins import END, is_conditional, meeting
-from .record import FrameRecord
 from .selects import Declined, Raises, example, gate, keeps_statistics, select, storages, written_data
 
 MOST = 8  # how often a branch may come again on one of its own sides: in a short loop that it leaves

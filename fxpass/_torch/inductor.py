@@ -32,8 +32,8 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
-from ..clock import charged, stage
 from ..ir.unbacked import Asker, asked_by, keep_sizes
+from ..timing.clock import charged, stage
 from .combos import join_neighbours
 from .fusion import keep_order
 from .order import keep_old_values

@@ -19,7 +19,7 @@ from unittest import mock
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-from ..clock import stage, tell
+from ..timing.clock import stage, tell
 
 # At most: a change in one kernel compiles its neighbours again. At least, where there are
 # enough workers for less: what sharing saves is saved with few.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .dynamo_common import is_users
-from .record import Change
+from .frame_record import Change
 
 _TENSOR = re.compile(
     r"tensor '(?P<name>.+?)' (?P<what>[\w ]+?) mismatch(?: at index (?P<index>\d+))?\. "

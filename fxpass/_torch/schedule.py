@@ -33,7 +33,7 @@ from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
 
-from ..clock import stage
+from ..timing.clock import stage
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,

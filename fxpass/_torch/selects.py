@@ -15,7 +15,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 
 from ..errors import CaptureError
 from .dynamo_common import call, fail, record_of_frame, user_line
-from .record import FrameRecord
+from .frame_record import FrameRecord
 
 _C: Any = torch._C  # whose stubs know less
 

@@ -23,7 +23,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 
 from ..errors import CaptureError
 from .dynamo_common import changed, fail, is_new, local, object_of, record_of_frame, user_line
-from .record import FrameRecord
+from .frame_record import FrameRecord
 from .ways import Ways
 
 _LASTING = (bool, int, float, str, bytes, type(None), type, types.FunctionType, types.ModuleType)

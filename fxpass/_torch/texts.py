@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import CaptureError
 from .abandoned import refuse_disabled
 from .dynamo_common import call, changed, fail, function_of, object_of, record_of_frame, user_line
-from .record import FrameRecord
+from .frame_record import FrameRecord
 from .selects import Raises
 from .shown import as_now
 from .telling import Bar, Later, call_later

@@ -27,7 +27,7 @@ from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import Graph, GraphModule
 
-from ..clock import stage
+from ..timing.clock import stage
 from .kernels import few_programs
 from .schedule import ATTRIBUTE
 

@@ -21,8 +21,8 @@ from ..ir.graph import Gradient, Read, Role, StepGraph, Update
 from ..ir.marks import GRAD, READ, TEXT, UPDATE
 from ..ir.slots import Slot
 from . import gradients, optim, optim_state, phases
+from .activation_checkpoint import recompute_checkpoints
 from .casts import spell_out_casts
-from .checkpoint import recompute_checkpoints
 from .effects import drop_tokens
 from .events import Event
 from .numbers import as_tensor, spell_out_numbers

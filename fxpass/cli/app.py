@@ -12,7 +12,6 @@ from .. import __version__
 from ..errors import FxpassError, OptionError
 from .compile import compile_
 from .doctor import doctor
-from .errors import UsageProblem
 from .explain import explain
 from .graph import graph
 from .inspect import inspect
@@ -20,6 +19,7 @@ from .memory import memory
 from .output import report_error
 from .passes import passes
 from .report import report
+from .usage import UsageProblem
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,

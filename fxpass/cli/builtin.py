@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dry_run import Call
+from ..hallway.dry_run import Call
 
 
 class Block(nn.Module):

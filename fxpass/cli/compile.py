@@ -8,9 +8,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ..ahead import Ahead, compile_ahead
+from ..hallway.ahead import Ahead, compile_ahead
+from .dry_run import check_device
 from .flags import backend_options, common_options
-from .look import check_device
 from .output import bytes_text, console, print_json, table
 from .target import load
 

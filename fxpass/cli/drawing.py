@@ -7,7 +7,7 @@ from html import escape
 
 from ..analysis.view import NodeView
 from ..report.diff import Change
-from .errors import UsageProblem
+from .usage import UsageProblem
 
 FILL = {"input": "#e8e8e8", "forward": "#dbeafe", "backward": "#ede9fe", "update": "#dcfce7"}
 INSERTED = "#fde68a"

@@ -10,10 +10,10 @@ import click
 from rich.console import Console
 
 from ..report.explanation import Explanation, explanations
-from .errors import UsageProblem
+from .dry_run import dry_run_of
 from .flags import across_ranks, backend_options, capture_options, common_options
-from .look import look_at
 from .output import console, print_json
+from .usage import UsageProblem
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def explain(
     if len(words) > 2:
         raise UsageProblem(f"got {len(words)} words", "give TARGET and one NODE, or a quoted pattern")
     target, pattern = ("gpt", *words)[-2:]
-    run = look_at(target, options, device, tensors)
+    run = dry_run_of(target, options, device, tensors)
     found = tuple(e for e in explanations(run, pattern) if not inserted or e.reason)
     if not found:
         names = [n.name for n in run.final.nodes]

@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from .. import scaling
-from ..dry_run import LARGE, fake_ranks
 from ..errors import OptionError
+from ..hallway.dry_run import LARGE, fake_ranks
 from ..options import _RULES, Options
 from ..report.memory import AUTO, GRAPH, NOTES, PROGRAM
-from .errors import UsageProblem
+from .usage import UsageProblem
 
 Command = Callable[..., Any]
 # no text is a group: --ranks stands for it; the commands say themselves what they do

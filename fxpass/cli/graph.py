@@ -12,13 +12,13 @@ import click
 from rich.text import Text
 
 from ..analysis.view import GraphView, NodeView
-from ..dry_run import CAPTURED, DryRun
+from ..hallway.dry_run import CAPTURED, DryRun
 from ..passes import PASSES
 from ..report.diff import Change, diff
-from .errors import UsageProblem
+from .dry_run import dry_run_of
 from .flags import across_ranks, backend_options, capture_options, common_options
-from .look import look_at
 from .output import console, print_json
+from .usage import UsageProblem
 
 FORMATS = ("text", "json", "dot", "svg", "html")
 COLOURS = {"+": "green", "-": "red", "~": "yellow", "@": "dim"}
@@ -81,7 +81,7 @@ def graph(
     for point in points:
         _check_point(point)
     pattern = _pattern(grep)
-    run = look_at(target, options, device, tensors, points=points)
+    run = dry_run_of(target, options, device, tensors, points=points)
     form = "json" if as_json else form
     if between:
         changes = diff(run.views[between[0]], run.views[between[1]])

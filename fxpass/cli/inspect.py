@@ -7,11 +7,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ..dry_run import CAPTURED
+from ..hallway.dry_run import CAPTURED
 from ..report.inspection import FLOATS, Inspection, inspection
 from ..report.memory import NOTES
+from .dry_run import dry_run_of
 from .flags import across_ranks, backend_options, capture_options, common_options, memory_of
-from .look import look_at
 from .memory import show_phases
 from .output import bytes_text, console, print_json, table
 
@@ -37,7 +37,7 @@ def inspect(
     Example: fxpass inspect gpt --max-norm 1.0
              fxpass inspect train.py:example --dtype bfloat16
     """
-    run = look_at(target, options, device, tensors, points={CAPTURED, "finish"}, of=of)
+    run = dry_run_of(target, options, device, tensors, points={CAPTURED, "finish"}, of=of)
     found = inspection(target, run)
     if as_json:
         print_json("inspect", found)

@@ -11,13 +11,13 @@ import click
 from rich.console import Console
 
 from ..analysis.memory import MemoryProfile
-from ..dry_run import DryRun
+from ..hallway.dry_run import DryRun
 from ..report.memory import NOTES, MemorySummary, chrome_trace, summary
-from .errors import UsageProblem
+from .dry_run import dry_run_of
 from .flags import across_ranks, backend_options, capture_options, common_options, memory_of, parse_all
-from .look import look_at
 from .output import bytes_text, console, print_json, table
 from .plot import timeline
+from .usage import UsageProblem
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def memory(
     target, modes = words[0], _modes((*compare, *words[1:]), options)
     sizes = _sizes(at)
     runs = [
-        look_at(
+        dry_run_of(
             target,
             mode,
             device,

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import FxpassError
-from .errors import UsageProblem
+from .usage import UsageProblem
 
 PLAIN_WIDTH = 120
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from .errors import UsageProblem
+from .dry_run import dry_run_of
 from .flags import across_ranks, backend_options, capture_options, common_options, memory_of
-from .look import look_at
 from .output import bytes_text, console, print_json
+from .usage import UsageProblem
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def report(
     try:
         from ..report import build
 
-        run = look_at(target, options, device, tensors, of=of)
+        run = dry_run_of(target, options, device, tensors, of=of)
         text = build(target, run)
     except ImportError as error:
         raise UsageProblem(f"the report needs {error.name}", "pip install 'fxpass[cli]'") from None

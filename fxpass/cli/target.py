@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..dry_run import Call
+from ..hallway.dry_run import Call
 from .builtin import BUILTINS
-from .errors import UsageProblem
+from .usage import UsageProblem
 
 WANTED = "a function that takes nothing and returns (step, args) or (step, args, kwargs)"
 

@@ -23,7 +23,7 @@ from ..analysis.updates import UpdateGroup, update_groups
 from ..ir.alias import input_storages, written
 from ..ir.graph import Phase, StepGraph, phase
 from ..ir.verify import check_hazards, failure
-from .scalars import hold_scalars
+from .hoist import hold_scalars
 
 aten = torch.ops.aten
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..options import Options
 from .attention import Attention
-from .base import GraphPass
 from .cast import Cast
 from .check_finite import CheckFinite
 from .clip import Clip
@@ -17,6 +16,7 @@ from .diagnose import Diagnose
 from .embedding import Embedding
 from .finish import Finish
 from .grad_norm import GradNorm
+from .graph_pass import GraphPass
 from .hand_over import HandOver
 from .recompute import Recompute
 from .release import Release

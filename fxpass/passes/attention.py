@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..ir.alias import storage_of
 from ..ir.edit import Editor
 from ..ir.graph import NO_FLASH, StepGraph, is_tagged, phase, source, tensor
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 

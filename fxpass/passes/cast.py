@@ -31,7 +31,7 @@ from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, origin, phase, source, tensor
 from ..ir.marks import AVERAGE, GRAD, MARK, SEED
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import ScaledSeeds
 
 aten = torch.ops.aten

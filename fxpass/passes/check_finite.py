@@ -14,7 +14,7 @@ from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, is_float, phase, seed_losses, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Checked, Unscaled
 
 aten = torch.ops.aten

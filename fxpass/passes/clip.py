@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Read, StepGraph, source, tensor
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
 from .results import Checked, Clipped, GlobalNorm, Unscaled
 

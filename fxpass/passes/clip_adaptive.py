@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source
 from ..ir.slots import Slot
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
 from .results import Checked, Clipped, Unscaled
 

@@ -10,7 +10,7 @@ import torch
 
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .norms import Norms, note_clipped, reads_with_elements
 from .results import Checked, Clipped, Unscaled
 

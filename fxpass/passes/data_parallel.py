@@ -15,7 +15,7 @@ from ..analysis.nodes import nbytes
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph, phase, source, tensor
 from ..ir.marks import AVERAGE
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Reductions
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, is_float, phase, source, tensor
 from ..ir.marks import SEED
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from ..analysis.nodes import nbytes
 from ..ir.alias import is_view, storage_of
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 
 @dataclass(frozen=True)

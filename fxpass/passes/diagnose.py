@@ -12,7 +12,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 from ..runtime.watch import REPORT, WATCH, Report, Row
 from ..scaling.writer import Writer
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Checked, NextScale
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from ..analysis.nodes import is_small_table
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import GRAD, MARK
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 REASON = "only the rows of this batch's tokens have a gradient"

@@ -13,7 +13,7 @@ from ..ir.alias import input_storages
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph, phase, source, tensor
 from ..ir.marks import MARK
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 

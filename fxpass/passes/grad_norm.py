@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph, source
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .norms import Norms, reads_with_elements
 from .results import Checked, GlobalNorm, Unscaled
 

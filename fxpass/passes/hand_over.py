@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Checked
 
 aten = torch.ops.aten

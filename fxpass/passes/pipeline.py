@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..clock import stage, tell
 from ..errors import VerifyError
 from ..ir.edit import Editor
 from ..ir.graph import StepGraph
 from ..ir.verify import verify
-from .base import GraphPass
+from ..timing.clock import stage, tell
+from .graph_pass import GraphPass
 
 
 @dataclass(frozen=True)

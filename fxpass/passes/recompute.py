@@ -15,7 +15,7 @@ from ..analysis.nodes import is_large, nbytes
 from ..ir.alias import is_view, storage_of
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 # How many large values one recomputation may start from. A residual stream is a chain of sums:
 # without a bound its last sum would be recomputed from all of them, which then live at once.

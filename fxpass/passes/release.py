@@ -13,7 +13,7 @@ from ..analysis.updates import update_groups
 from ..ir.alias import input_storages
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 # What may move: everything after the backward that made a gradient.

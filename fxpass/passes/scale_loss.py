@@ -10,7 +10,7 @@ import torch
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, source, tensor
 from ..ir.marks import SEED
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import ScaledSeeds
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from ..ir.alias import is_view
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import MARK, SEED
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Checked
 
 AGAIN = (Phase.BACKWARD, Phase.GRADIENT)

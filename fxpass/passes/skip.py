@@ -13,7 +13,7 @@ from ..analysis.updates import follows_gradient, marks_behind, update_groups
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, Update, source
 from ..ir.marks import GRAD, READ
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Checked
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, tensor
 from ..ir.marks import GRAD
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Unscaled
 
 aten = torch.ops.aten

@@ -25,7 +25,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, phase, source
 from ..ir.marks import GRAD, MARK, SEED
 from ..ir.provenance import user_line
-from .base import GraphPass
+from .graph_pass import GraphPass
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph
 from ..scaling import LossScale
 from ..scaling.writer import Writer
-from .base import GraphPass
+from .graph_pass import GraphPass
 from .results import Checked, Clipped, GlobalNorm, NextScale
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ import torch
 
 from ..analysis.memory import MemoryProfile
 from ..analysis.view import GraphView
-from ..dry_run import DryRun
+from ..hallway.dry_run import DryRun
 from ..passes import PASSES
 from .diff import diff
 from .explanation import explain_node

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from ..analysis.view import INPUT, GraphView, NodeView
 from ..analysis.why import why_dtype
-from ..dry_run import DryRun
+from ..hallway.dry_run import DryRun
 
 
 @dataclass(frozen=True)

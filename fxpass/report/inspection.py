@@ -9,7 +9,7 @@ from ..analysis.policy import VIEWS
 from ..analysis.view import INPUT, OUTPUT, GraphView, NodeView
 from ..analysis.why import why_float32
 from ..analysis.wire import Transfer
-from ..dry_run import CAPTURED, DryRun
+from ..hallway.dry_run import CAPTURED, DryRun
 from ..passes.pipeline import PassRecord
 from .memory import PHASES, MemorySummary, summary
 

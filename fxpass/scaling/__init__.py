@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import LossScale as LossScale
-from .base import NoLossScale as NoLossScale
-from .base import is_number
 from .dynamic import DynamicLossScale as DynamicLossScale
 from .headroom import HeadroomLossScale as HeadroomLossScale
+from .loss_scale import LossScale as LossScale
+from .loss_scale import NoLossScale as NoLossScale
+from .loss_scale import is_number
 from .static import StaticLossScale as StaticLossScale
 from .static import parse_scale
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ..errors import OptionError
-from .base import LARGEST, SMALLEST, MovingLossScale, check, check_counts, count_stuck
+from .loss_scale import LARGEST, SMALLEST, MovingLossScale, check, check_counts, count_stuck
 from .writer import Writer
 
 aten = torch.ops.aten

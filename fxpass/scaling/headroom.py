@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ..errors import OptionError
-from .base import MovingLossScale, check, check_counts, count_stuck
+from .loss_scale import MovingLossScale, check, check_counts, count_stuck
 from .writer import Writer
 
 aten = torch.ops.aten

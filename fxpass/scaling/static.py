@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .base import LARGEST, SMALLEST, LossScale, check, is_number
+from .loss_scale import LARGEST, SMALLEST, LossScale, check, is_number
 
 _POWER = re.compile(r"2\s*(?:\*\*|\^)\s*([+-]?\d+)")
 

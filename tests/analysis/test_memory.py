@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxpass
 from bench import measure, models
 from fxpass.analysis.memory import PHI, LiveTensor, MemoryProfile, Moment, graph_profile
-from fxpass.dry_run import dry_run
+from fxpass.hallway.dry_run import dry_run
 from fxpass.ir.graph import Phase, Role, StepGraph
 from tests.helpers import Mlp, batches
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from fxpass import MixedPrecision
-from fxpass.lower import compile as lowering
+from fxpass.lower import callable as lowering
 from tests.helpers import FP32, Mlp, Training, batches, compare
 
 

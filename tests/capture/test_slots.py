@@ -12,7 +12,7 @@ from fxpass import MixedPrecision
 from fxpass.ir.graph import Role, source
 from fxpass.ir.marks import UPDATE
 from fxpass.ir.slots import Slot
-from fxpass.runtime.step import OptimizerBinding
+from fxpass.runtime.compiled_step import OptimizerBinding
 from tests.graphs import graph_of, training_step
 from tests.helpers import EAGER, Mlp, Training, batches, compare
 

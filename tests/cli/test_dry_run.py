@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpass import CaptureError, MixedPrecision
-from fxpass.dry_run import dry_run
+from fxpass.hallway.dry_run import dry_run
 from tests.graphs import training_step
 
 from . import targets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fxpass.cli.builtin import BUILTINS
-from fxpass.dry_run import dry_run
+from fxpass.hallway.dry_run import dry_run
 from fxpass.report.explanation import explanations
 
 from .helpers import fx

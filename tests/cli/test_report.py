@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fxpass.dry_run import DryRun, dry_run
+from fxpass.hallway.dry_run import DryRun, dry_run
 from fxpass.report import build
 from fxpass.report.build import report_data
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,12 +16,11 @@ elif os.environ.get("TRITON_INTERPRET") == "1":
 
 
 @pytest.fixture(autouse=True)
-def _nothing_computes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kernels are only counted, a step's report is whatever lay in its memory: it is not read."""
     if torch.cuda.is_available():
-        from fxpass.runtime.report import Reporter
+        from fxpass.runtime.reporter import Reporter
         from tests.cuda.device import COUNTS_ONLY
 
         if COUNTS_ONLY:
             monkeypatch.setattr(Reporter, "_tell", lambda *report: None)
-    yield

@@ -36,7 +36,7 @@ def test_fakes_agree() -> None:
 @pytest.mark.parametrize("has_gemm", [True, False])
 def test_a_step_gives_the_same_either_way(has_gemm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import fxpass
-    from fxpass.lower import compile as lowering
+    from fxpass.lower import callable as lowering
 
     monkeypatch.setattr(lowering._torch, "cpu_has_half_gemm", lambda: has_gemm)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))

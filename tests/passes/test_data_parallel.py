@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxpass._torch import fake_ranks
 from fxpass.analysis.policy import op_name
-from fxpass.dry_run import DryRun, dry_run
+from fxpass.hallway.dry_run import DryRun, dry_run
 
 LAYERS, WIDTH, RANKS = 12, 64, 8
 ELEMENTS = LAYERS * WIDTH * WIDTH

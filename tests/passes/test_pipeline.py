@@ -13,10 +13,10 @@ from fxpass import VerifyError
 from fxpass.ir.edit import Editor
 from fxpass.ir.graph import StepGraph
 from fxpass.passes import PASSES
-from fxpass.passes.base import GraphPass
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.clip import Clip
 from fxpass.passes.grad_norm import GradNorm
+from fxpass.passes.graph_pass import GraphPass
 from fxpass.passes.pipeline import check_order
 from fxpass.passes.results import Checked, GlobalNorm
 from fxpass.passes.skip import Skip

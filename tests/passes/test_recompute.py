@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fxpass.compile
+import fxpass.hallway.frame
 from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, phase, tensor
 from fxpass.passes import PASSES, passes_for
@@ -150,7 +150,7 @@ def test_bitwise_the_same_step(budget: float | None) -> None:
     for passes in (PASSES, without):
         mine = copy.deepcopy(model)
         chosen = [p for p in passes_for(MixedPrecision(memory_budget=budget)) if type(p) in passes]
-        with mock.patch.object(fxpass.compile, "passes_for", lambda options, chosen=chosen: chosen):
+        with mock.patch.object(fxpass.hallway.frame, "passes_for", lambda options, chosen=chosen: chosen):
             step = torch.compile(step_of(mine), backend=MixedPrecision(codegen="eager"))
             torch.manual_seed(1)
             losses = [step(*batch()).item() for _ in range(3)]

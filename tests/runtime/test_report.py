@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpass import DynamicLossScale, LossScaleError, MixedPrecision
-from fxpass.runtime.report import SLOTS, Reporter, host_values
+from fxpass.runtime.reporter import SLOTS, Reporter, host_values
 from fxpass.runtime.watch import Column, Report
 from tests.scaling import slopes, trajectory
 

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 
-from .record import GraphRecord
+from .graph_record import GraphRecord
 
 VARIABLE = "FXPASS_LOGS"
 KINDS: dict[str, Callable[[GraphRecord], str]] = {

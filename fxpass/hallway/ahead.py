@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from . import _torch
-from .backend import MixedPrecision
-from .errors import CaptureError, FxpassError
-from .record import GraphRecord
+from .. import _torch
+from ..backend import MixedPrecision
+from ..errors import CaptureError, FxpassError
+from .graph_record import GraphRecord
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # step, args, kwargs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html import escape
 
-from .analysis.memory import MemoryProfile
-from .passes.pipeline import PassRecord
+from ..analysis.memory import MemoryProfile
+from ..passes.pipeline import PassRecord
 
 STAGES = {
     "dynamo": "Dynamo traces Python, guards on it",

@@ -11,13 +11,13 @@ import torch
 from .. import _torch
 from ..analysis.memory import MemoryProfile, graph_profile
 from ..analysis.scratch import scratch
-from ..clock import stage, tell
 from ..ir.graph import Role, StepGraph
 from ..options import Options
+from ..timing.clock import stage, tell
 from .half_gemm import replace_half_gemms
+from .hoist import gather_scalars, store_scalars
 from .outline import Unit, call_units, find_units, to_graph, with_units
 from .profile import Facts, UnitRun, facts_of, program_profile
-from .scalars import gather_scalars, store_scalars
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""A dry run: compilations that end after the passes, with a look at the graph, and compile nothing."""
+"""What ends compilations after the passes: a dry run sees the graphs, and nothing is compiled."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from .analysis.memory import MemoryProfile
-from .ir.graph import StepGraph
-from .options import Options
+from ..analysis.memory import MemoryProfile
+from ..ir.graph import StepGraph
+from ..options import Options
 
 
 class DryRunEnd(BaseException):
@@ -18,28 +18,28 @@ class DryRunEnd(BaseException):
 
 
 @dataclass(frozen=True)
-class Look:
+class DryRunHooks:
     """What a dry run does with a graph."""
 
     after_each: Callable[[str, StepGraph], None]  # sees the graph as captured and after each pass
     profile: Callable[[StepGraph, list[Any], Options, str | None], MemoryProfile]  # may take the graph apart
 
 
-_look: ContextVar[Look | None] = ContextVar("fxpass_look", default=None)
+_hooks: ContextVar[DryRunHooks | None] = ContextVar("fxpass_dry_run", default=None)
 
 
 @contextmanager
-def looking(look: Look) -> Iterator[None]:
+def running_dry(hooks: DryRunHooks) -> Iterator[None]:
     """Compilations inside are dry runs; that of a training step ends the block."""
-    token = _look.set(look)
+    token = _hooks.set(hooks)
     try:
         yield
     except DryRunEnd:
         pass
     finally:
-        _look.reset(token)
+        _hooks.reset(token)
 
 
-def current_look() -> Look | None:
+def dry_run_hooks() -> DryRunHooks | None:
     """What the dry run around does; None if there is none."""
-    return _look.get()
+    return _hooks.get()

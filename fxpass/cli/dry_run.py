@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ..dry_run import DryRun, dry_run
+from ..hallway.dry_run import DryRun, dry_run
 from .output import working
 from .target import load
 
 
-def look_at(
+def dry_run_of(
     target: str,
     options: dict[str, Any],
     device: str | None,
@@ -20,7 +20,7 @@ def look_at(
     dynamic: bool | None = None,
     of: str = "graph",
 ) -> DryRun:
-    """Capture ``target`` and run the passes; see ``fxpass.dry_run.dry_run``."""
+    """Capture ``target`` and run the passes; see ``fxpass.hallway.dry_run.dry_run``."""
     found = load(target)
     if device is not None:
         check_device(device)
@@ -40,7 +40,7 @@ def check_device(device: str) -> None:
     """Raise ``UsageProblem`` for a text that names no device."""
     import torch
 
-    from .errors import UsageProblem
+    from .usage import UsageProblem
 
     try:
         torch.device(device)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .. import _torch
 from ..ir.slots import Slot
-from .report import Reporter
+from .reporter import Reporter
 from .state import ScalerState
 from .watch import REPORT, WATCH, Watch
 

@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from ..errors import CaptureError
 from ..ir.marks import GRAD, SEED, TEXT, mark
 from .dynamo_common import user_line
-from .record import FrameRecord
+from .frame_record import FrameRecord
 
 _WRAPPERS = frozenset(
     "_wrap_for_grad _unwrap_for_grad _set_tensor_requires_grad _add_batch_dim _remove_batch_dim".split()

@@ -14,19 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from . import _torch
-from .analysis.memory import MemoryProfile
-from .capture.key import Unspeakable, text_of
-from .capture.scalars import Comparison
-from .capture.step import Captured
-from .ir.graph import StepGraph
-from .ir.slots import Slot
-from .look import current_look
-from .lower.compile import Lowered, assembled, settings_of
-from .options import Options
-from .passes import passes_for
-from .passes.pipeline import PassRecord
-from .passes.results import Checked
+from .. import _torch
+from ..analysis.memory import MemoryProfile
+from ..capture.key import Unspeakable, text_of
+from ..capture.scalars import Comparison
+from ..capture.step import Captured
+from ..ir.graph import StepGraph
+from ..ir.slots import Slot
+from ..lower.callable import Lowered, assembled, settings_of
+from ..options import Options
+from ..passes import passes_for
+from ..passes.pipeline import PassRecord
+from ..passes.results import Checked
+from .dry_run_hooks import dry_run_hooks
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def warm(
 ) -> tuple[_torch.Warm | None, str]:
     """How a step is looked up on disk, None if it is not; and "miss", or why not."""
     settings = settings_of(inputs, options, mode)
-    if current_look() is not None:
+    if dry_run_hooks() is not None:
         return None, ""
     if options.codegen != "inductor":
         return None, f"there is no code: codegen={options.codegen!r}"

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import _torch
-from ._torch import fake_ranks as fake_ranks
-from .analysis.memory import MemoryProfile, graph_profile
-from .analysis.view import GraphView, view
-from .analysis.wire import Transfer, transfers
-from .backend import MixedPrecision
-from .errors import CaptureError
-from .ir.graph import Role, StepGraph, tensor
-from .look import Look, looking
-from .lower.compile import profile_only
-from .options import Options
-from .record import GraphRecord
+from .. import _torch
+from .._torch import fake_ranks as fake_ranks
+from ..analysis.memory import MemoryProfile, graph_profile
+from ..analysis.view import GraphView, view
+from ..analysis.wire import Transfer, transfers
+from ..backend import MixedPrecision
+from ..errors import CaptureError
+from ..ir.graph import Role, StepGraph, tensor
+from ..lower.callable import profile_only
+from ..options import Options
+from .dry_run_hooks import DryRunHooks, running_dry
+from .graph_record import GraphRecord
 
 LARGE = 6000  # nodes: Inductor schedules that many in about 20 s
 CAPTURED = "captured"  # the point before the first pass
@@ -133,7 +133,7 @@ def _attempt(
         sent[:] = transfers(step, ranks)
         return profile(step, *rest)
 
-    with looking(Look(after_each, before_scheduling)):
+    with running_dry(DryRunHooks(after_each, before_scheduling)):
         torch.compile(step, backend=backend, dynamic=dynamic)(*args, **kwargs)
     if not backend.graphs:
         hint = "the function must call loss.backward() and optimizer.step() itself"

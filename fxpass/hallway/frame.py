@@ -15,29 +15,30 @@ import torch
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _torch, keep, logs
-from .analysis.modules import check_patterns
-from .capture import assumptions, checks, counters, optim_state
-from .capture.breaks import Break, given_up
-from .capture.counters import counters_of as counters_of
-from .capture.events import Event, events_of
-from .capture.step import capture, to_step
-from .clock import current, stage, tell
-from .errors import CaptureError
-from .ir.graph import StepGraph
-from .ir.slots import Slot
-from .ir.text import to_text
-from .look import DryRunEnd, current_look
-from .lower.compile import lower
-from .options import Options
-from .passes import passes_for
-from .passes.pipeline import run_pipeline
-from .passes.results import Reductions
-from .record import GraphRecord
-from .runtime.report import Reporter
-from .runtime.state import ScalerState
-from .runtime.step import CompiledStep, Extras, OptimizerBinding, fields_of
-from .runtime.watch import Column, Watch
+from .. import _torch
+from ..analysis.modules import check_patterns
+from ..capture import assumptions, checks, counters, optim_state
+from ..capture.breaks import Break, given_up
+from ..capture.counters import counters_of as counters_of
+from ..capture.events import Event, events_of
+from ..capture.step import capture, to_step
+from ..errors import CaptureError
+from ..ir.graph import StepGraph
+from ..ir.slots import Slot
+from ..ir.text import to_text
+from ..lower.callable import lower
+from ..options import Options
+from ..passes import passes_for
+from ..passes.pipeline import run_pipeline
+from ..passes.results import Reductions
+from ..runtime.compiled_step import CompiledStep, Extras, OptimizerBinding, fields_of
+from ..runtime.reporter import Reporter
+from ..runtime.state import ScalerState
+from ..runtime.watch import Column, Watch
+from ..timing.clock import current, stage, tell
+from . import keep, logs
+from .dry_run_hooks import DryRunEnd, dry_run_hooks
+from .graph_record import GraphRecord
 
 
 @dataclass
@@ -106,7 +107,7 @@ def compile_frame(
             undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
             event.habits = optim_state.habits_of(event.optimizer(), list(event.params), event.where)
             undo.append(counters.start(event.optimizer(), event.counters))
-        if current_look() is None:
+        if dry_run_hooks() is None:
             _share_weights(state, compilation.events)
         compiled = compilation.run()
     except BaseException as error:
@@ -188,7 +189,7 @@ class _Compilation:
         checks.check_reads(self.events, step.reads)
         check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
-        look = current_look()
+        look = dry_run_hooks()
         after_each = look.after_each if look else lambda name, step: None
         after_each("captured", step)
         warned: list[Any] = []
