@@ -162,7 +162,8 @@ def test_a_pass_never_imports_another_pass() -> None:
     for path in (ROOT / "passes").glob("*.py"):
         if path.name == "__init__.py":
             continue
-        allowed = {"passes.graph_pass", "passes.results", "passes.norms"}  # norms: what the clips have in common
+        # norms: what the clips have in common
+        allowed = {"passes.graph_pass", "passes.results", "passes.norms"}
         found = [n for n in imports(path) if n.startswith("passes.") and n not in allowed]
         assert not found, f"{path.name} imports {found}"
 
@@ -175,6 +176,22 @@ def test_the_layout_names_what_there_is() -> None:
     assert not there - named, "not in docs/layout.md"
     found = {p.name for folder in (ROOT, ROOT.parent / "tests") for p in folder.rglob("*.py")}
     assert not named - found, "in docs/layout.md alone"
+
+
+def test_files_that_texts_name_are_there() -> None:
+    top = ROOT.parent
+    for path in (*top.glob("*.md"), *(top / "docs").glob("*.md"), *FILES):
+        named = set(
+            re.findall(r"(?:fxpass|tests|bench|docs|examples)/[\w/]+\.(?:py|md|json)\b", path.read_text())
+        )
+        missing = {name for name in named if not (top / name).exists()}
+        assert not missing, f"{path.name} names {missing}"
+
+
+def test_a_file_stem_has_one_meaning() -> None:
+    """A word may stand for a fact, for how it is shown and for the command that shows it; else for one file."""
+    stems = [p.stem for p in FILES if not p.stem.startswith("__") and p.parent.name not in ("cli", "report")]
+    assert not {stem for stem in stems if stems.count(stem) > 1}
 
 
 def test_files_and_functions_are_small() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxpass
-from tests.helpers import same
+from tests.support.helpers import same
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))  # their imports are written for scripts
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import fxpass
-from tests.helpers import Mlp, same
+from tests.support.helpers import Mlp, same
 
 
 def loss_fn(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 import fxpass
 from fxpass import DynamicLossScale, HeadroomLossScale, MixedPrecision, OptionError, StaticLossScale
-from tests.helpers import Mlp
+from tests.support.helpers import Mlp
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def trace(
         keep_inference_input_mutations=True,
     )
     fake_mode = TracingContext.get().fake_mode
-    # torch.utils.checkpoint: capture/activation_checkpoint.py recomputes, for several backward() and random numbers too
+    # torch.utils.checkpoint: capture/activation_checkpoint.py recomputes, for several backward()
+    # and random numbers too
     own = functorch_config.patch(remat_using_tags_for_fwd_loss_bwd_graph=False, unlift_effect_tokens=True)
     assert fake_mode is not None, "Dynamo traces under a fake mode"
     ours = [fake_mode.from_tensor(x, static_shapes=True) for x in extras]

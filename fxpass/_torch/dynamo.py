@@ -1,6 +1,6 @@
 """Hooks into Dynamo, active only while a frame of our backend is being traced.
 
-Written for torch 2.11 to 2.13 (``tests/_torch/test_dynamo.py`` fails when one of
+Written for torch 2.11 to 2.13 (``tests/_torch/test_names.py`` fails when one of
 the names used here goes away). One permanent patch, ``convert_frame._compile``,
 asks whether the frame's backend is ours and otherwise steps aside; everything
 else is patched inside that call, under Dynamo's compile lock, and restored.
@@ -46,6 +46,7 @@ from ..timing.progress import progress
 from . import (
     abandoned,
     consumed,
+    data_sizes,
     debugging,
     dynamo_hooks,
     forks,
@@ -55,7 +56,6 @@ from . import (
     substitutes,
     telling,
     texts,
-    unbacked,
     untraced,
 )
 from .borgs import one_of_many, refuse_two_ways
@@ -99,7 +99,7 @@ _HOOKS = (
     *dynamo_hooks.HOOKS,
     *indexing.HOOKS,
     *substitutes.HOOKS,
-    *unbacked.HOOKS,
+    *data_sizes.HOOKS,
     *consumed.HOOKS,
     *replicas.HOOKS,
     *sdpa.HOOKS,

@@ -15,12 +15,12 @@ from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from ..errors import CaptureError
 from ..ir.marks import GRAD, MARK, SEED
 from . import debugging
+from .data_sizes import no_pending
 from .dynamo_common import call, fail, is_none, no_grad, record_of_frame, store_grad, user_line
 from .dynamo_hooks import after_accumulation, has_hooks, hooked_gradient
 from .frame_record import LeafGrad
 from .gradient_calls import behind
 from .replicas import averaged, replica_of
-from .unbacked import no_pending
 
 
 def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:

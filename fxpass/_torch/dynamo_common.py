@@ -33,6 +33,7 @@ def current_record() -> FrameRecord | None:
 
 
 def record_of_frame() -> FrameRecord:
+    """What has been seen of the frame that is traced now."""
     record = current_record()
     assert record is not None, "a Dynamo hook ran outside of a frame of ours"
     return record
@@ -110,6 +111,7 @@ def call(tx: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def no_grad(tx: Any) -> Iterator[None]:
+    """What Dynamo traces inside is traced under ``torch.no_grad()``."""
     from torch._dynamo.variables.ctx_manager import GradModeVariable
 
     mode = GradModeVariable.create(tx, False, initialized=True)
@@ -139,10 +141,12 @@ _CALLED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type
 
 
 def is_none(variable: Any) -> bool:
+    """Whether a variable of Dynamo's is the constant None."""
     return variable.is_python_constant() and variable.as_python_constant() is None
 
 
 def store_grad(tx: Any, leaf: Any, grad: Any) -> None:
+    """``leaf.grad = grad``, as Dynamo notes an assignment."""
     if not tx.output.side_effects.is_attribute_mutation(leaf):
         leaf.mutation_type = base.AttributeMutationExisting()
     tx.output.side_effects.store_attr(leaf, "grad", grad)

@@ -55,6 +55,7 @@ class _Method(functions.UserMethodVariable):
 
 
 def optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
+    """For ``OptimizerVariable.var_getattr``: ``step`` and ``zero_grad`` are methods of ours, the rest is read."""
     if is_front(self.value):
         return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
     if name not in ("step", "zero_grad"):
@@ -69,6 +70,7 @@ def optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
 
 
 def optimizer_call_method(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """For ``OptimizerVariable.call_method``: ``step()`` and ``zero_grad()`` as events of the step."""
     if is_front(self.value):
         return user_defined.UserDefinedObjectVariable.call_method(self, tx, name, args, kwargs)
     if name != "zero_grad":
@@ -234,6 +236,8 @@ def _module_zero_grad(module: Any, set_to_none: bool = True) -> None:
 
 
 def module_zero_grad_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``NNModule`` methods: ``model.zero_grad()`` in Python that Dynamo can trace."""
+
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if self.fn is torch.nn.Module.zero_grad:
             inlined = VariableTracker.build(tx, _module_zero_grad)

@@ -63,6 +63,10 @@ _KINDS = {ListVariable: GrowingList, DequeVariable: GrowingDeque}
 
 
 def wrap_growing(builder: Any, value: list[Any] | deque[Any]) -> Any:
+    """A deque of the user's that the step only appends to."""
+
+    """A list of the user's that the step only appends to."""
+
     """What ``VariableBuilder.wrap_listlike`` makes of a list, without the guard on its length for now.
 
     Called from ``_wrap``: Dynamo keeps ``wrap_listlike`` in a table of the process, where

@@ -33,6 +33,8 @@ def input_proxy(variable: Any) -> Any:
 
 
 def toggle_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``requires_grad_()``: a flag that differs from the tensor's is followed where it can be."""
+
     def method_requires_grad_(self: Any, tx: Any, requires_grad: Any = True) -> Any:
         wanted = requires_grad if isinstance(requires_grad, bool) else requires_grad.as_python_constant()
         given = input_proxy(self)

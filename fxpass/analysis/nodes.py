@@ -13,10 +13,12 @@ LARGE = 4096  # bytes
 
 
 def is_cast(node: Node, dtype: torch.dtype) -> bool:
+    """Whether the node does nothing but convert to ``dtype``."""
     return node.target is aten._to_copy.default and dict(node.kwargs) == {"dtype": dtype}
 
 
 def has_double(node: Node) -> bool:
+    """Whether an input of the node is float64."""
     values = (n.meta.get("val") for n in node.all_input_nodes)
     return any(isinstance(v, torch.Tensor) and v.dtype is torch.float64 for v in values)
 

@@ -32,6 +32,7 @@ def roles_of(profile: MemoryProfile) -> list[str]:
 
 
 def colour_of_role(role: str) -> str:
+    """The colour of a role in every figure; grey-brown for one without its own."""
     return ROLES.get(role, "#9c755f")
 
 

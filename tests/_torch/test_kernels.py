@@ -15,8 +15,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from fxpass import MixedPrecision
 from fxpass._torch import few_programs
 from fxpass._torch.kernels import _Kernel
-
-from ..graphs import training_step
+from tests.support.graphs import training_step
 
 HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 TYPES = ["const float*", "float*", "const int64_t"]

@@ -16,7 +16,7 @@ from fxpass import MixedPrecision
 from fxpass.analysis.liveness import Liveness, liveness
 from fxpass.ir.graph import Phase, Role, StepGraph
 from fxpass.passes import passes_for
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 aten = torch.ops.aten
 

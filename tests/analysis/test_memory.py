@@ -14,7 +14,7 @@ from bench import measure, models
 from fxpass.analysis.memory import PHI, LiveTensor, MemoryProfile, Moment, graph_profile
 from fxpass.hallway.dry_run import dry_run
 from fxpass.ir.graph import Phase, Role, StepGraph
-from tests.helpers import Mlp, batches
+from tests.support.helpers import Mlp, batches
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from fxpass.analysis.modules import module_names
 from fxpass.ir.graph import StepGraph, tensor
 from fxpass.ir.marks import GRAD
 from fxpass.passes.cast import Cast
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 LOW = torch.float16
 

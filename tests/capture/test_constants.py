@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fxpass import MixedPrecision
-from tests.helpers import EAGER, FP32, Mlp, Training, batches, compare
+from tests.support.helpers import EAGER, FP32, Mlp, Training, batches, compare
 
 
 def _written(net: Mlp, x: Tensor, y: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import EAGER, FP32, Training, compare, same, snapshot
+from tests.support.helpers import EAGER, FP32, Training, compare, same, snapshot
 
 # said by torch itself, of attention masks of two kinds
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")

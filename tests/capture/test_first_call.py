@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import EAGER, FP32, Training, batches, clone, compare, same
+from tests.support.helpers import EAGER, FP32, Training, batches, clone, compare, same
 
 _LOCK = threading.Lock()
 _done: list[str] = []

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import EAGER, FP32, Training, compare
+from tests.support.helpers import EAGER, FP32, Training, compare
 
 INF = float("inf")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import MixedPrecision
-from tests.helpers import EAGER, FP32, Mlp, Training, batches, compare
+from tests.support.helpers import EAGER, FP32, Mlp, Training, batches, compare
 
 Step = Callable[..., Any]
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 import fxpass
-from tests.helpers import EAGER, Mlp, Training, batches, compare
+from tests.support.helpers import EAGER, Mlp, Training, batches, compare
 
 
 class Front(torch.optim.Optimizer):

@@ -13,7 +13,7 @@ from torch.func import functional_call, hessian, jacrev, stack_module_state, vma
 from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision
-from tests.gradients import (
+from tests.support.gradients import (
     ALL,
     Form,
     Step,
@@ -26,7 +26,7 @@ from tests.gradients import (
     smooth,
     standing,
 )
-from tests.helpers import EAGER, FP32, Mlp, batches, clone, compare, parameters, same
+from tests.support.helpers import EAGER, FP32, Mlp, batches, clone, compare, parameters, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
 

@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from fxpass import FxpassError, MixedPrecision
-from tests.helpers import EAGER, Mlp, Training, batches, compare
+from tests.support.helpers import EAGER, Mlp, Training, batches, compare
 
 Step = Callable[..., Any]
 _LOCK = threading.Lock()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import EAGER, FP32, Mlp, Training, batches, clone, compare, parameters, same
+from tests.support.helpers import EAGER, FP32, Mlp, Training, batches, clone, compare, parameters, same
 
 
 def _training(prepare: Callable[[Mlp], object] = lambda net: None) -> Training:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxpass import MixedPrecision
 from fxpass.passes.cast import Cast
-from tests.graphs import graph_of
+from tests.support.graphs import graph_of
 
 # said by Inductor's own lowering of diagonal
 pytestmark = pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")

@@ -15,7 +15,7 @@ from fxpass.capture.assumptions import check
 from fxpass.capture.optim_state import create_state, fit_state, state_of
 from fxpass.capture.standin import undecorated
 from fxpass.ir.slots import Slot
-from tests.helpers import clone, same
+from tests.support.helpers import clone, same
 
 PARAMS = [Slot(0, 0, position, name=name) for position, name in enumerate(("weight", "bias"))]
 

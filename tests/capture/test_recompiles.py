@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision, OptimizerError
 from fxpass._torch.reasons import change_of
-from tests.helpers import EAGER, Mlp, Training, batches, compare
+from tests.support.helpers import EAGER, Mlp, Training, batches, compare
 
 CALLS = batches(11)
 

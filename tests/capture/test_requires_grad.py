@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxpass import MixedPrecision
-from tests.helpers import clone, same
+from tests.support.helpers import clone, same
 
 Toggle = Callable[[nn.Module, bool], None]
 INF = float("inf")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxpass.capture.scalars import Comparison, ScalarTensors, tensor_functions
 from fxpass.ir.slots import Slot
-from tests.helpers import same
+from tests.support.helpers import same
 
 HALF = torch.tensor(0.5, dtype=torch.float64)
 X, A, B = (torch.arange(1.0, 4.0) * k for k in (1, 2, 3))

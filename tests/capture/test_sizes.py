@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from fxpass import MixedPrecision
 from fxpass.lower import callable as lowering
-from tests.helpers import FP32, Mlp, Training, batches, compare
+from tests.support.helpers import FP32, Mlp, Training, batches, compare
 
 
 def test_batches_of_many_sizes_the_last_of_one() -> None:

@@ -13,8 +13,8 @@ from fxpass.ir.graph import Role, source
 from fxpass.ir.marks import UPDATE
 from fxpass.ir.slots import Slot
 from fxpass.runtime.compiled_step import OptimizerBinding
-from tests.graphs import graph_of, training_step
-from tests.helpers import EAGER, Mlp, Training, batches, compare
+from tests.support.graphs import graph_of, training_step
+from tests.support.helpers import EAGER, Mlp, Training, batches, compare
 
 
 def test_the_graph_knows_every_slot_by_its_input_and_its_mark() -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from fxpass import MixedPrecision
-from tests.helpers import FP32, Mlp, Training, batches, clone, compare, same
+from tests.support.helpers import FP32, Mlp, Training, batches, clone, compare, same
 
 
 def _simple(net: nn.Module, opt: Any) -> Any:

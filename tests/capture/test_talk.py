@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import EAGER, FP32, Mlp, Training, batches, compare, same
+from tests.support.helpers import EAGER, FP32, Mlp, Training, batches, compare, same
 
 logger = logging.getLogger("tests.talk")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.graphs import training_step
+from tests.support.graphs import training_step
 
 
 def mlp() -> Any:

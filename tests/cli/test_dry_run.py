@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxpass import CaptureError, MixedPrecision
 from fxpass.hallway.dry_run import dry_run
-from tests.graphs import training_step
+from tests.support.graphs import training_step
 
 from . import targets
 from .helpers import fx

@@ -13,7 +13,7 @@ from fxpass.ir.edit import Editor
 from fxpass.ir.graph import Phase, StepGraph
 from fxpass.ir.marks import GRAD
 from fxpass.ir.verify import verify
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxpass import MixedPrecision
 from fxpass.lower.outline import find_units
 from fxpass.passes import passes_for
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 
 class Repeated(nn.Module):

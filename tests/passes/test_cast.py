@@ -16,8 +16,8 @@ from fxpass.ir.graph import Phase, StepGraph, phase, tensor
 from fxpass.ir.marks import GRAD
 from fxpass.ir.text import to_text
 from fxpass.passes.cast import Cast
-from tests.graphs import graph_of, inserted_by, training_step
-from tests.helpers import Mlp
+from tests.support.graphs import graph_of, inserted_by, training_step
+from tests.support.helpers import Mlp
 
 LOW = torch.float16
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from fxpass.ir.graph import tensor
 from fxpass.passes.cast import Cast
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.results import Checked
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 
 def test_one_verdict_and_one_sum_of_squares_per_gradient() -> None:

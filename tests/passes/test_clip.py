@@ -13,8 +13,8 @@ from fxpass import MixedPrecision
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.clip import Clip
 from fxpass.passes.grad_norm import GradNorm
-from tests.clipping import compare_with_torch, gradients_behind, parameters
-from tests.graphs import graph_of, inserted_by, targets, training_step
+from tests.support.clipping import compare_with_torch, gradients_behind, parameters
+from tests.support.graphs import graph_of, inserted_by, targets, training_step
 
 INF = math.inf
 

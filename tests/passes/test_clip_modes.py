@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxpass import MixedPrecision, OptionError
-from tests.clipping import small_net
+from tests.support.clipping import small_net
 
 ALONE: list[dict[str, Any]] = [
     {"max_norm": 0.2, "clip_per": "parameter"},

@@ -10,9 +10,9 @@ from torch import nn
 
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.clip_value import ClipValue
-from tests.clipping import compare_with_torch, gradients_behind, parameters
-from tests.graphs import graph_of, training_step
 from tests.passes.test_clip import update_of
+from tests.support.clipping import compare_with_torch, gradients_behind, parameters
+from tests.support.graphs import graph_of, training_step
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fxpass.passes.decompose import Decompose
-from tests.graphs import graph_of, targets, training_step
+from tests.support.graphs import graph_of, targets, training_step
 
 
 class Net(nn.Module):

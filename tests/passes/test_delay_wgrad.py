@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxpass.ir.graph import StepGraph
 from fxpass.passes.delay_wgrad import DelayWgrad
-from tests.graphs import graph_of
+from tests.support.graphs import graph_of
 
 
 def products(step: StepGraph, shape: tuple[int, ...]) -> list[int]:

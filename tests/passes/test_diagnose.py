@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxpass import Diagnosis, DynamicLossScale, MixedPrecision
-from tests.graphs import graph_of, inserted_by, training_step
-from tests.helpers import Mlp
+from tests.support.graphs import graph_of, inserted_by, training_step
+from tests.support.helpers import Mlp
 
 INF, NAN = math.inf, math.nan
 NAMES = [name for name, _ in Mlp().named_parameters()]

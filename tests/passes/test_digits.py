@@ -14,7 +14,7 @@ from fxpass import DynamicLossScale, MixedPrecision
 from fxpass.analysis.policy import has_number_lost
 from fxpass.ir.graph import Phase, is_float, phase, tensor
 from fxpass.passes.cast import Cast
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 aten = torch.ops.aten
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -1,7 +1,7 @@
 from fxpass import MixedPrecision
 from fxpass.ir.marks import MARK
 from fxpass.passes import PASSES, passes_for
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 
 def test_no_mark_is_left_and_every_write_is_kept() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fxpass import MixedPrecision
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.grad_norm import GradNorm
-from tests.clipping import small_net
-from tests.graphs import graph_of
+from tests.support.clipping import small_net
+from tests.support.graphs import graph_of
 
 
 @pytest.mark.parametrize(

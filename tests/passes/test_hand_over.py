@@ -12,8 +12,8 @@ from torch.nn.functional import mse_loss
 from fxpass import MixedPrecision
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.hand_over import HandOver
-from tests.graphs import graph_of, inserted_by, training_step
-from tests.helpers import Mlp, batches
+from tests.support.graphs import graph_of, inserted_by, training_step
+from tests.support.helpers import Mlp, batches
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["none before", "accumulated"])

@@ -13,7 +13,7 @@ from fxpass import MixedPrecision
 from fxpass.ir.graph import StepGraph
 from fxpass.options import Options
 from fxpass.passes import passes_for
-from tests.graphs import graph_of
+from tests.support.graphs import graph_of
 
 
 class Checked(Interpreter):

@@ -21,7 +21,7 @@ from fxpass.passes.pipeline import check_order
 from fxpass.passes.results import Checked, GlobalNorm
 from fxpass.passes.skip import Skip
 from fxpass.passes.unscale import Unscale
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 
 @pytest.mark.parametrize(

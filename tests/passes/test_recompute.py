@@ -19,7 +19,7 @@ from fxpass.passes.cast import Cast
 from fxpass.passes.decompose import Decompose
 from fxpass.passes.recompute import Recompute
 from fxpass.passes.scale_loss import ScaleLoss
-from tests.graphs import graph_of, inserted_by, targets
+from tests.support.graphs import graph_of, inserted_by, targets
 
 
 class Net(nn.Module):

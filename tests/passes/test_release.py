@@ -8,7 +8,7 @@ from torch import nn
 from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, StepGraph, phase, source
 from fxpass.passes import passes_for
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 
 def deep() -> nn.Module:

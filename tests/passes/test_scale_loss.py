@@ -3,7 +3,7 @@ import torch
 from fxpass.ir.graph import tensor
 from fxpass.ir.marks import SEED
 from fxpass.passes.scale_loss import ScaleLoss
-from tests.graphs import graph_of, inserted_by, targets, training_step
+from tests.support.graphs import graph_of, inserted_by, targets, training_step
 
 
 def test_multiplies_the_seed_in_float32() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, phase, tensor
 from fxpass.passes import passes_for
-from tests.graphs import graph_of, inserted_by, training_step
+from tests.support.graphs import graph_of, inserted_by, training_step
 
 
 def model() -> nn.Module:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fxpass import MixedPrecision
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.skip import Skip
-from tests.graphs import graph_of, inserted_by, targets, training_step
-from tests.helpers import clone, same
+from tests.support.graphs import graph_of, inserted_by, targets, training_step
+from tests.support.helpers import clone, same
 
 INF = float("inf")
 

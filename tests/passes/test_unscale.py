@@ -4,7 +4,7 @@ from fxpass.ir.graph import tensor
 from fxpass.ir.marks import GRAD, READ
 from fxpass.passes.cast import Cast
 from fxpass.passes.unscale import Unscale
-from tests.graphs import graph_of, inserted_by, targets, training_step
+from tests.support.graphs import graph_of, inserted_by, targets, training_step
 
 
 def test_every_gradient_is_unscaled_once_in_float32() -> None:

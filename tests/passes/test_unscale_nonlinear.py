@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fxpass import MixedPrecision
 from fxpass.passes.scale_loss import ScaleLoss
 from fxpass.passes.unscale_nonlinear import UnscaleNonlinear
-from tests.graphs import graph_of
-from tests.helpers import Mlp
-from tests.test_models import MODELS, Case
+from tests.steps.test_models import MODELS, Case
+from tests.support.graphs import graph_of
+from tests.support.helpers import Mlp
 
 # said when Dynamo looks at a Function in a list
 pytestmark = pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxpass import DynamicLossScale, LossScale, LossScaleError, MixedPrecision, StaticLossScale
 from fxpass.scaling.writer import Writer
-from tests.scaling import slopes, trajectory
+from tests.support.scaling import slopes, trajectory
 
 
 def grad_scaler(overflows: str, **settings: float) -> tuple[list[float], list[int]]:

@@ -15,7 +15,7 @@ from fxpass import MixedPrecision
 from fxpass.ir.graph import Phase, StepGraph, phase, tensor
 from fxpass.passes.cast import Cast
 from fxpass.passes.scale_loss import ScaleLoss
-from tests.graphs import graph_of, training_step
+from tests.support.graphs import graph_of, training_step
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from fxpass import (
     OptionError,
     StaticLossScale,
 )
-from tests.scaling import trajectory
+from tests.support.scaling import trajectory
 
 GOOD = DynamicLossScale(init_scale=8.0)
 GRAD_SCALER = torch.amp.GradScaler("cpu", init_scale=32.0).state_dict()

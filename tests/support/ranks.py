@@ -1,4 +1,4 @@
-"""Two processes on gloo that train beside eager DistributedDataParallel: ``python -m tests.ranks``.
+"""Two processes on gloo that train beside eager DistributedDataParallel: ``python -m tests.support.ranks``.
 
 Prints one JSON object: what each program gave on rank 0, or the error it raised there.
 """

@@ -12,8 +12,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as lr
 
 from fxpass import MixedPrecision
-from tests.helpers import same
-from tests.test_optimizers import Net, agree, make_step, pair
+from tests.steps.test_optimizers import Net, agree, make_step, pair
+from tests.support.helpers import same
 
 CASES: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Any]]] = {
     "lambda": (lambda p: AdamW(p, lr=1e-2), lambda o: lr.LambdaLR(o, lambda n: 1 / (1 + n))),

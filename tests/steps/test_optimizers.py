@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxpass import MixedPrecision, OptimizerError
-from tests.helpers import clone, same
+from tests.support.helpers import clone, same
 
 O = torch.optim  # noqa: E741 - the table below reads better
 Make = Callable[[Any], Optimizer]

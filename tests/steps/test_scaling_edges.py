@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxpass import DynamicLossScale, MixedPrecision, OptimizerError, StaticLossScale
-from tests.helpers import same
-from tests.scaling import INF, Build, against_grad_scaler, slopes, trajectory
+from tests.support.helpers import same
+from tests.support.scaling import INF, Build, against_grad_scaler, slopes, trajectory
 
 NAN = float("nan")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxpass import DynamicLossScale, LossScaleError, MixedPrecision
 from fxpass.runtime.reporter import SLOTS, Reporter, host_values
 from fxpass.runtime.watch import Column, Report
-from tests.scaling import slopes, trajectory
+from tests.support.scaling import slopes, trajectory
 
 INF = float("inf")
 

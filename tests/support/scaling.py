@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxpass import DynamicLossScale, MixedPrecision
-from tests.helpers import same
+from tests.support.helpers import same
 
 INF = float("inf")
 Build = Callable[[], tuple[Sequence[nn.Parameter], torch.optim.Optimizer, Callable[[Tensor], Tensor]]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxpass
 from fxpass import MixedPrecision
-from tests.helpers import same
+from tests.support.helpers import same
 
 Edit = Callable[[nn.Parameter], Any]
 INF, NAN = float("inf"), float("nan")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fxpass import CaptureError, MixedPrecision
-from tests.helpers import Mlp, Training, clone, compare, same
+from tests.support.helpers import Mlp, Training, clone, compare, same
 
 
 def train(step_of: Callable[..., Any], model: nn.Module | None = None) -> Callable[[], Training]:

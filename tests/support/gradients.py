@@ -11,7 +11,7 @@ from torch.autograd import grad
 from torch.func import functional_call, grad_and_value, jacrev, jvp, vmap
 from torch.nn.functional import mse_loss
 
-from tests.helpers import Mlp, Training
+from tests.support.helpers import Mlp, Training
 
 Step = Callable[..., Any]
 Form = Callable[[nn.Module, Any], Step]

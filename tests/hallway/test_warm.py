@@ -20,8 +20,7 @@ from torch._dynamo import mark_dynamic  # noqa: TID251
 import fxpass.hallway.frame
 from fxpass import MixedPrecision
 from fxpass.capture import key
-
-from .helpers import Mlp, Training, batches, parameters, same, snapshot
+from tests.support.helpers import Mlp, Training, batches, parameters, same, snapshot
 
 SCRIPT = """
 import torch, fxpass
@@ -50,7 +49,7 @@ NEW = 1 + random.Random().random()  # in no cache of an earlier run; a directory
 
 def _run(**settings: Any) -> tuple[str, str]:
     values = {"optimizer": "AdamW", "lr": 0.1, "max_norm": NEW, **settings}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", SCRIPT.format(**values)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     state, _, rest = found.stdout.partition(" ")

@@ -17,7 +17,7 @@ import torch
 
 from fxpass import FxpassError, MixedPrecision
 from fxpass.timing import clock, progress
-from tests.graphs import training_step
+from tests.support.graphs import training_step
 
 DRAWN = re.compile(r"\x1b7\x1b\[\?7l\x1b\[K(.*?)\x1b\[\?7h\x1b8")
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fxpass import MixedPrecision, OptionError
-from tests.ranks import CALLS, OVERFLOWS, PROGRAMS
+from tests.support.ranks import CALLS, OVERFLOWS, PROGRAMS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REFUSED = {
     "other ways": "the ranks would train different steps(?s:.*)reduces",
     "comm hook": "DistributedDataParallel with a communication hook",
@@ -31,7 +31,11 @@ def found() -> dict[str, Any]:
     """Every program in the same two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.ranks"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "tests.support.ranks"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.strip().splitlines()[-1])

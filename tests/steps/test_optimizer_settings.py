@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fxpass import MixedPrecision, OptimizerError
 from fxpass.capture.assumptions import Assumptions
-from tests.helpers import same
-from tests.test_optimizers import Net, agree, pair
+from tests.steps.test_optimizers import Net, agree, pair
+from tests.support.helpers import same
 
 Edit = Callable[[Optimizer, nn.Module], Any]
 Make = Callable[[Any], Optimizer]

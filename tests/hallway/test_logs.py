@@ -13,8 +13,7 @@ import torch
 
 from fxpass import GraphRecord, MixedPrecision
 from fxpass.hallway import logs
-
-from .graphs import training_step
+from tests.support.graphs import training_step
 
 
 def _record() -> GraphRecord:
@@ -48,7 +47,7 @@ def test_the_variable_prints_on_stderr(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "FXPASS_LOGS": "graphs,passes,memory,recompiles",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [sys.executable, str(script)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxpass import MixedPrecision, OptimizerError
-from tests.helpers import Mlp, Training, clone, compare, same
+from tests.support.helpers import Mlp, Training, clone, compare, same
 
 Make = Callable[[list[Tensor]], Optimizer]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxpass import MixedPrecision
-from tests.helpers import clone, same
+from tests.support.helpers import clone, same
 
 INF = float("inf")
 Step = Callable[[Tensor, Tensor, Tensor], Any]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fxpass import DynamicLossScale, MixedPrecision
-from tests.helpers import Mlp, batches, clone
+from tests.support.helpers import Mlp, batches, clone
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
