@@ -6,6 +6,7 @@ from .backend import of as of
 from .errors import CaptureError as CaptureError
 from .errors import FxpassError as FxpassError
 from .errors import LossScaleError as LossScaleError
+from .errors import LoweringError as LoweringError
 from .errors import OptimizerError as OptimizerError
 from .errors import OptionError as OptionError
 from .errors import VerifyError as VerifyError

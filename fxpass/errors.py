@@ -52,6 +52,10 @@ class VerifyError(FxpassError):
     """A pass left the graph in an illegal state: an fxpass bug."""
 
 
+class LoweringError(FxpassError):
+    """Inductor could not compile the rewritten graph: a bug of its, or of fxpass."""
+
+
 class LossScaleError(FxpassError):
     """The loss scale is at its minimum and gradients still overflow."""
 

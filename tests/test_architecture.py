@@ -189,7 +189,7 @@ def test_files_that_texts_name_are_there() -> None:
 
 
 def test_a_file_stem_has_one_meaning() -> None:
-    """A word may stand for a fact, for how it is shown and for the command that shows it; else for one file."""
+    """A word may stand for a fact, how it is shown and the command that shows it; else for one file."""
     stems = [p.stem for p in FILES if not p.stem.startswith("__") and p.parent.name not in ("cli", "report")]
     assert not {stem for stem in stems if stems.count(stem) > 1}
 

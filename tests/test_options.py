@@ -147,8 +147,8 @@ def test_two_compilations_do_not_share_a_scaler() -> None:
         opt.zero_grad()
 
     options = {"codegen": "eager"}
-    first = torch.compile(step, backend="mixedprec", options=options)
-    second = torch.compile(step, backend="mixedprec", options=options)
+    first = torch.compile(step, backend="mixedprec", options=options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    second = torch.compile(step, backend="mixedprec", options=options)  # pyright: ignore[reportArgumentType, reportCallIssue]
     first()
     first()
     second()

@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, output_graph, side_effects, symbolic_convert
-from torch._dynamo.exc import InternalTorchDynamoError, UserError
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, UserError
 from torch._dynamo.graph_break_hints import USER_ERROR
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
@@ -148,6 +148,8 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
                 return _PLAIN  # a metric behind the update, say
             ours = record.error or _fxpass_cause(error) or unsettled(record) or mixed_modes(record, error)
             ours = ours or untraced.refusal(error, args[0])
+            if isinstance(error, BackendCompilerFailed):
+                record.break_reason = ""  # the graph was whole: the error is the backend's own
             if ours is None:
                 _note_failure(record, error)
                 raise

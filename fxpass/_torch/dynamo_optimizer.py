@@ -55,7 +55,7 @@ class _Method(functions.UserMethodVariable):
 
 
 def optimizer_var_getattr(self: Any, tx: Any, name: str) -> Any:
-    """For ``OptimizerVariable.var_getattr``: ``step`` and ``zero_grad`` are methods of ours, the rest is read."""
+    """For ``OptimizerVariable.var_getattr``: ``step`` and ``zero_grad`` are ours, the rest is read."""
     if is_front(self.value):
         return user_defined.UserDefinedObjectVariable.var_getattr(self, tx, name)
     if name not in ("step", "zero_grad"):

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import PyCodeCache
@@ -32,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
+from ..ir.alias import layout_is_read, lie_alike
 from ..ir.unbacked import Asker, asked_by, keep_sizes
 from ..timing.clock import charged, stage
 from .combos import join_neighbours
@@ -134,14 +136,19 @@ def _not_compiled(inputs: list[Any]) -> Any:
 def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """Inductor's decompositions applied to ``gm``."""
     fake_mode = next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
-    interpreter = _SameSizes(gm, fake_mode)
+    interpreter = _AsTraced(gm, fake_mode)
     asked = asked_by(Asker.TRACE)
     with fake_mode or contextlib.nullcontext(), torch.no_grad(), preserve_node_meta(), asked:
         return make_fx(interpreter.run, _table(), tracing_mode="real", pre_dispatch=False)(*inputs)
 
 
-class _SameSizes(torch.fx.Interpreter):
-    """Runs a graph again; the sizes that it makes from data stay those they were."""
+class _AsTraced(torch.fx.Interpreter):
+    """Runs a graph again; the sizes that it makes from data stay those they were, and layouts that are read.
+
+    A decomposition's result may have other strides than the operator's: a concatenation with
+    nothing is the other tensor as it lies. Where ``view`` or ``as_strided`` follows, traced for the
+    operator's own, the result gets those.
+    """
 
     def __init__(self, gm: GraphModule, fake_mode: Any) -> None:
         super().__init__(gm)
@@ -150,7 +157,18 @@ class _SameSizes(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         keep_sizes(n, self.sizes, value)
-        return value
+        traced = n.meta.get("val")
+        if n.op != "call_function" or not isinstance(value, Tensor) or not isinstance(traced, Tensor):
+            return value
+        return value if lie_alike(value, traced) or not layout_is_read(n) else _laid_out_as(value, traced)
+
+
+def _laid_out_as(value: Tensor, traced: Tensor) -> Tensor:
+    """A copy with the order of strides that ``traced`` has: fresh results are dense."""
+    strides = [s if isinstance(s, int) else s.node.hint or 0 for s in traced.stride()]
+    order = sorted(range(value.ndim), key=lambda dim: (-strides[dim], dim))
+    back = sorted(range(value.ndim), key=order.__getitem__)
+    return value.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def _table() -> dict[Any, Callable[..., Any]]:

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from .marks import MARK
 
 aten = torch.ops.aten
+
+# Which elements these return, or whether they can, depends on strides.
+_READ_LAYOUTS = {aten.view.default, aten.view.dtype, aten.as_strided.default, aten.view_as_complex.default}
 
 Storages = dict[Node, frozenset[Node]]
 
@@ -64,6 +67,19 @@ def keeps_elements(node: Node) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor) or "storage_offset" in arguments:
         return False
     return old.dtype == new.dtype and old.ndim + new.ndim > 0 and guard_or_false(old.numel() == new.numel())
+
+
+def layout_is_read(node: Node) -> bool:
+    """Whether what follows, through views, was traced for the strides of this very value."""
+    return any(u.target in _READ_LAYOUTS or (is_view(u) and layout_is_read(u)) for u in node.users)
+
+
+def lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are known to have the same strides, where those matter."""
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a.layout == b.layout
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(statically_known_true(s == t) or statically_known_true(n <= 1) for n, s, t in pairs)
 
 
 def view_of(node: Node) -> Node | None:

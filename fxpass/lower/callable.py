@@ -11,6 +11,7 @@ import torch
 from .. import _torch
 from ..analysis.memory import MemoryProfile, graph_profile
 from ..analysis.scratch import scratch
+from ..errors import FxpassError, LoweringError
 from ..ir.graph import Role, StepGraph
 from ..options import Options
 from ..timing.clock import stage, tell
@@ -46,9 +47,22 @@ class Lowered:
 
 
 def lower(step: StepGraph, inputs: Sequence[Any], options: Options, mode: str | None) -> Lowered:
-    """Compile ``step`` as ``options.codegen`` says."""
-    with _torch.few_programs():
-        return _lower(step, inputs, options, mode, dry=False)
+    """Compile ``step`` as ``options.codegen`` says.
+
+    Raises:
+        LoweringError: Inductor cannot compile it; the cause is Inductor's own error.
+    """
+    try:
+        with _torch.few_programs():
+            return _lower(step, inputs, options, mode, dry=False)
+    except FxpassError:
+        raise
+    except Exception as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise LoweringError(
+            f"Inductor could not compile the step: {type(error).__name__}: {said}",
+            hint='codegen="eager" runs the same graph without Inductor; please report the message',
+        ) from error
 
 
 def profile_only(

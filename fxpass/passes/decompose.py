@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from .. import _torch
 from ..analysis.nodes import is_cast
 from ..analysis.policy import op_name
-from ..ir.alias import is_view
+from ..ir.alias import is_view, layout_is_read, lie_alike
 from ..ir.edit import Editor
 from ..ir.graph import Phase, StepGraph, is_float, phase, source, tensor
 from ..ir.marks import SEED
@@ -56,6 +56,8 @@ class Decompose(GraphPass):
 
     def _split(self, edit: Editor, node: Node, reason: str) -> None:
         body = _torch.decomposition(node)
+        if layout_is_read(node) and not _lies_as_whole(body, node):
+            return  # the parts keep the input's strides, the whole has its own
         _keep_statistics(body)
         statistics = [user for user in node.users if user.target is operator.getitem and user.args[1] != 0]
         readers = [reader for result in statistics for reader in result.users]
@@ -67,6 +69,12 @@ class Decompose(GraphPass):
             elif is_cast(reader, torch.float32) and tensor(source(reader)).dtype is torch.float32:
                 edit.replace_uses(reader, source(reader))
                 edit.erase(reader)
+
+
+def _lies_as_whole(body: GraphModule, node: Node) -> bool:
+    results = [n.meta["val"] for n in body.graph.output_node().all_input_nodes]
+    wholes = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    return all(lie_alike(part, whole) for part, whole in zip(results[:1], wholes, strict=False))
 
 
 def _keep_statistics(body: GraphModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+import torch._inductor.config as inductor_config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.scheduler import BaseSchedulerNode
 from torch._inductor.virtualized import V
@@ -42,7 +43,7 @@ def test_kernels_on_both_sides_of_a_product_stay_apart() -> None:
     from torch._inductor.utils import run_and_get_code
 
     x, w = torch.randn(16, 16), torch.randn(16, 16)
-    with torch._inductor.config.patch(fx_graph_cache=False), keep_order():
+    with inductor_config.patch(fx_graph_cache=False), keep_order():
         result, (code, *_) = run_and_get_code(torch.compile(f), x, w)
     assert code.count("sin") >= 1
     body = code[code.index("def call") :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -21,7 +22,7 @@ def test_no_item_in_the_generated_programs() -> None:
         opt.zero_grad()
         return loss
 
-    with torch._inductor.config.patch(fx_graph_cache=False):
+    with inductor_config.patch(fx_graph_cache=False):
         _, programs = run_and_get_code(step, torch.randn(4, 8))
     assert len(programs) > 1, "the main graph and the updates"
     assert any("fxpass.update" in text for text in programs)

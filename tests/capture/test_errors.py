@@ -192,7 +192,7 @@ def test_the_string_backend_has_a_handle_per_compilation(fullgraph: bool) -> Non
     function = _first(net := Mlp(), torch.optim.SGD(net.parameters(), lr=0.1))
     options: Any = {"codegen": "eager"}
     one = torch.compile(function, backend="mixedprec", options=options, fullgraph=fullgraph)
-    two = torch.compile(function, backend="mixedprec", options={**options, "loss_scale": 8.0})
+    two = torch.compile(function, backend="mixedprec", options={**options, "loss_scale": 8.0})  # pyright: ignore[reportArgumentType, reportCallIssue]
     three = torch.compile(function, backend="mixedprec", options=options)
     for step, runs in ((one, 3), (two, 2), (three, 1)):
         for batch in batches(runs):

@@ -33,7 +33,7 @@ def _install(module: nn.Module) -> None:
         return
     with _LOCK:
         for child in module.children():
-            child.register_forward_hook(lambda module, args, out: out * 0.5)
+            child.register_forward_hook(lambda module, args, out: out * 0.5)  # pyright: ignore[reportOperatorIssue]
         module.installed = True  # pyright: ignore
         _done.append("installed")
 
@@ -80,7 +80,7 @@ def _made(value: float) -> type:
 class Memoized(Net):
     def forward(self, x: Tensor) -> Tensor:
         _once("said")
-        return super().forward(x) * _made(0.5).value  # pyright: ignore
+        return super().forward(x) * _made(0.5).value
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Front(torch.optim.Optimizer):
     def param_groups(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.optimizer.param_groups
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:  # pyright: ignore
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
         if "set_to_none" in inspect.signature(self.optimizer.zero_grad).parameters:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -35,6 +35,9 @@ class Front(torch.optim.Optimizer):
 
 class Shared:
     state: ClassVar[dict[str, Any]] = {}
+    due: bool
+    count: int
+    factor: float
 
     def __init__(self) -> None:
         self.__dict__ = self.state

@@ -68,7 +68,7 @@ def _in_a_function(net: Any, opt: Any, hinted: bool) -> Step:
         loss_of(x, y, factor).backward()
         opt.step()
 
-    step.calls = [(*b, _untraced() if hinted else None) for b in batches()]  # type: ignore[attr-defined]
+    step.calls = [(*b, _untraced() if hinted else None) for b in batches()]  # pyright: ignore[reportFunctionMemberAccess]
     return step
 
 
@@ -124,7 +124,7 @@ def _disabled(net: Any, opt: Any, hinted: bool) -> Step:
     disabled = update if hinted else torch.compiler.disable(update)
 
     def step(x: Tensor, y: Tensor) -> None:
-        disabled(x, y)
+        disabled(x, y)  # pyright: ignore[reportCallIssue]
 
     return step
 
@@ -134,7 +134,7 @@ def _disabled_loss(net: Any, opt: Any, hinted: bool) -> Step:
 
     def step(x: Tensor, y: Tensor) -> None:
         opt.zero_grad()
-        loss_of(net(x), y).backward()
+        loss_of(net(x), y).backward()  # pyright: ignore[reportCallIssue]
         opt.step()
 
     return step
@@ -158,7 +158,7 @@ def _checkpointed(net: Any, opt: Any, hinted: bool) -> Step:
 
     def step(x: Tensor, y: Tensor) -> None:
         opt.zero_grad()
-        out, mean = checkpoint(body, x, use_reentrant=False)  # pyright: ignore
+        out, mean = checkpoint(body, x, use_reentrant=False)
         if hinted:
             print(mean)
         mse_loss(out, y).backward()

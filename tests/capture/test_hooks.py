@@ -44,7 +44,7 @@ def _every_kind(net: Mlp) -> None:
         p.grad.mul_(0.5)
 
     net.last.bias.register_post_accumulate_grad_hook(halve)
-    net.norm.register_forward_hook(lambda module, args, out: out * 1.5)
+    net.norm.register_forward_hook(lambda module, args, out: out * 1.5)  # pyright: ignore[reportOperatorIssue]
 
 
 @pytest.mark.parametrize("options", [FP32, {**EAGER, "loss_scale": 1024.0}], ids=["inductor", "scaled"])
@@ -60,7 +60,7 @@ def _replace(p: Tensor) -> None:
 LATER: dict[str, Callable[[Mlp], Any]] = {
     "on a gradient": lambda net: net.first.weight.register_hook(lambda g: g * 0.0),
     "after accumulation": lambda net: net.first.weight.register_post_accumulate_grad_hook(_replace),
-    "forward": lambda net: net.norm.register_forward_hook(lambda module, args, out: out * 2.0),
+    "forward": lambda net: net.norm.register_forward_hook(lambda module, args, out: out * 2.0),  # pyright: ignore[reportOperatorIssue]
     "before forward": lambda net: net.norm.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,)),
 }
 

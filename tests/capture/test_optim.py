@@ -30,7 +30,7 @@ class Own(Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for p in self.param_groups[0]["params"]:
             state = self.state[p]
             if not state:
@@ -125,13 +125,13 @@ def _hooked() -> Optimizer:
 
 
 def _replaced() -> Optimizer:
-    opt = Adam(parameters())
+    opt: Any = Adam(parameters())
     opt.step = lambda: None
     return opt
 
 
 def _with_tensor() -> Optimizer:
-    opt = Own(parameters())
+    opt: Any = Own(parameters())
     opt.seen = [torch.zeros(())]
     return opt
 

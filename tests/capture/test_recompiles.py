@@ -324,7 +324,7 @@ def test_a_whole_run_takes_three_graphs() -> None:
         if epoch == 1:
             saved = (net.state_dict(), opt.state_dict(), schedule.state_dict(), mp.state_dict())
             for owner, state in zip((net, opt, schedule, mp), copy.deepcopy(saved), strict=True):
-                owner.load_state_dict(state)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+                owner.load_state_dict(state)
     assert mp.stats().steps == 9
     assert [g.why for g in mp.graphs] == ["the first call", "x.shape[0] was 8, is 12", "the first call"]
 

@@ -346,7 +346,7 @@ def test_a_tensor_shown_inside_a_checkpointed_region_has_the_line() -> None:
 
     @torch.compile(backend=MixedPrecision(**EAGER))
     def step(x: Tensor, y: Tensor) -> None:
-        mse_loss(checkpoint(body, x, use_reentrant=False), y).backward()  # pyright: ignore
+        mse_loss(checkpoint(body, x, use_reentrant=False), y).backward()
         opt.step()
 
     with pytest.raises(CaptureError, match="checkpointed") as error:

@@ -109,7 +109,7 @@ def _disabled(net: nn.Module, opt: Any) -> Step:
         opt.step()
 
     def step(x: Tensor, y: Tensor) -> None:
-        body(x, y)
+        body(x, y)  # pyright: ignore[reportCallIssue]
 
     return step
 

@@ -55,7 +55,9 @@ def writes_another_dtype(step: StepGraph) -> None:
     write = first(step, "copy_.default")
     edit = Editor(step, "test")
     with edit.before(write):
-        write.update_arg(1, edit.cast(write.args[1], torch.float16, when=Phase.UPDATE, reason="test"))
+        write.update_arg(
+            1, edit.cast(write.all_input_nodes[1], torch.float16, when=Phase.UPDATE, reason="test")
+        )
 
 
 def used_too_early(step: StepGraph) -> None:

@@ -43,7 +43,7 @@ def dtypes(found: list[Node]) -> set[torch.dtype]:
 
 def casts_of(step: StepGraph) -> Counter[tuple[Node, torch.dtype, Phase]]:
     return Counter(
-        (n.args[0], tensor(n).dtype, phase(n))
+        (n.all_input_nodes[0], tensor(n).dtype, phase(n))
         for n in inserted_by(step, "cast")
         if n in nodes(step, "_to_copy")
     )
@@ -130,7 +130,7 @@ def test_casting_back_reads_the_value_it_was_widened_from() -> None:
 
     graph, _ = graph_of(step, (torch.randn(4, 4),), [Cast()])
     last = nodes(graph, "mm")[-1]
-    assert last.args[0].kwargs["dtype"] is torch.float16, "the user's own half() feeds the product"
+    assert last.all_input_nodes[0].kwargs["dtype"] is torch.float16, "the user's own half() feeds the product"
 
 
 def test_user_casts_are_respected() -> None:
@@ -138,7 +138,10 @@ def test_user_casts_are_respected() -> None:
         return (x @ w).bfloat16() + 1, (x @ w).double() * 2
 
     graph, _ = graph_of(step, (torch.randn(4, 4), torch.randn(4, 4)), [Cast()])
-    assert {tensor(n).dtype for n in graph.graph.output_node().args[0]} == {torch.bfloat16, torch.float64}
+    assert {tensor(n).dtype for n in graph.graph.output_node().all_input_nodes} == {
+        torch.bfloat16,
+        torch.float64,
+    }
     assert dtypes(nodes(graph, "mm")) == {LOW}
 
 
@@ -146,14 +149,17 @@ def test_outputs_keep_their_dtype() -> None:
     graph, _ = graph_of(
         lambda x, w: (x @ w, (x @ w).half()), (torch.randn(4, 4), torch.randn(4, 4)), [Cast()]
     )
-    assert [tensor(n).dtype for n in graph.graph.output_node().args[0]] == [torch.float32, torch.float16]
+    assert [tensor(n).dtype for n in graph.graph.output_node().all_input_nodes] == [
+        torch.float32,
+        torch.float16,
+    ]
 
 
 def test_inputs_that_the_step_writes_are_not_cast() -> None:
     step = cast(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)))
     (norm,) = nodes(step, "_native_batch_norm_legit_functional")
     assert [tensor(n).dtype for n in norm.args[:5]] == [LOW, *[torch.float32] * 4]
-    written = {n.args[0] for n in nodes(step, "copy_")}
+    written = {n.all_input_nodes[0] for n in nodes(step, "copy_")}
     read_by = {u for n in inserted_by(step, "cast") for u in n.all_input_nodes if u in written}
     assert all(step.names[n].endswith(("weight", "bias")) for n in read_by)
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class Shift(nn.Module):
         return (self.weight * slope).sum()
 
 
-def run(slope: Tensor, **options: object) -> tuple[Shift, MixedPrecision]:
+def run(slope: Tensor, **options: Any) -> tuple[Shift, MixedPrecision]:
     model = Shift()
     opt = torch.optim.SGD(model.parameters(), lr=1.0)
 

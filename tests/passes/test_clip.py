@@ -97,7 +97,7 @@ def update_of(
     opt = torch.optim.SGD([*weights, idle], lr=1.0)
 
     def step(*factors: Tensor) -> None:
-        sum((w * f).sum() for w, f in zip(weights, factors, strict=True)).backward()
+        sum((w * f).sum() for w, f in zip(weights, factors, strict=True)).backward()  # pyright: ignore[reportAttributeAccessIssue]
         opt.step()
         opt.zero_grad()
 

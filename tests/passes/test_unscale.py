@@ -12,10 +12,10 @@ def test_every_gradient_is_unscaled_once_in_float32() -> None:
     reads = step.marks(READ)
     assert len(reads) == len(step.marks(GRAD)) == 4
     for read in reads:
-        product = read.args[0]
+        product = read.all_input_nodes[0]
         assert str(product.target) == "aten.mul.Tensor"
         assert tensor(product).dtype is torch.float32
-        assert targets([product.args[1]]) == ["aten.reciprocal.default"]
+        assert targets([product.all_input_nodes[1]]) == ["aten.reciprocal.default"]
     assert records[1].inserted >= 5
 
 

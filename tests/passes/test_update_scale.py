@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from fxpass.scaling.writer import Writer
 from tests.support.scaling import slopes, trajectory
 
 
-def grad_scaler(overflows: str, **settings: float) -> tuple[list[float], list[int]]:
+def grad_scaler(overflows: str, **settings: Any) -> tuple[list[float], list[int]]:
     scaler = torch.amp.GradScaler("cpu", **settings)
     weight = nn.Parameter(torch.zeros(2))
     opt = torch.optim.SGD([weight], lr=0.1)

@@ -340,7 +340,7 @@ class Lion(Optimizer):
         super().__init__(params, {"lr": lr, "beta": 0.9})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -394,7 +394,7 @@ class OwnAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8})
         self.decay = 1.0
 
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -416,7 +416,7 @@ class OwnSGD(Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})
 
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 p.data = p.data - group["lr"] * p.grad
@@ -443,7 +443,7 @@ class Normed(Optimizer):
         super().__init__(params, {"lr": None})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         params = [p for group in self.param_groups for p in group["params"]]
         norm = torch.stack(torch._foreach_norm([p.grad for p in params])).norm()
         for p in params:
@@ -566,7 +566,7 @@ class Wrapping(Optimizer):
         self.inner = O.SGD(params, lr=0.1)
         super().__init__(self.inner.param_groups, {})
 
-    def step(self) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.inner.step()
 
 
@@ -574,7 +574,7 @@ class Sharing(Lion):
     """Keeps state that belongs to no parameter."""
 
     def step(self) -> None:
-        self.state["all"]["n"] = 1
+        self.state["all"]["n"] = 1  # pyright: ignore[reportArgumentType]
 
 
 class Peeking(Lion):

@@ -92,7 +92,7 @@ class Estimating(Own):
     start: ClassVar = {"d": 1e-3}
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:
         group = self.param_groups[0]
         d = group["d"]
         total = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.support.scaling import INF, Build, against_grad_scaler, slopes, traje
 NAN = float("nan")
 
 
-def linear_in(weight: Tensor, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD) -> Build:
+def linear_in(weight: Tensor, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD) -> Build:
     """A loss whose gradient is its input, broadcast over the weight."""
 
     def build():
@@ -183,7 +184,7 @@ def test_nan_written_after_backward() -> None:
     @torch.compile(backend=mp)
     def step() -> None:
         ours.sum().backward()
-        ours.grad = ours.grad * NAN
+        ours.grad = ours.grad * NAN  # pyright: ignore[reportOptionalOperand]
         opt.step()
         opt.zero_grad()
 

@@ -120,7 +120,7 @@ def per_sample(net: nn.Module, opt: Any) -> Step:
         return mse_loss(functional_call(net, params, (x[None],)), y[None])
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        params = dict(net.named_parameters())
+        params: dict[str, Tensor] = dict(net.named_parameters())
         grads, losses = vmap(grad_and_value(loss_of), in_dims=(None, 0, 0))(params, x, y)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
         factors = (0.3 / (norms + 1e-6)).clamp(max=1.0)
@@ -138,7 +138,7 @@ def forward_gradient(net: nn.Module, opt: Any) -> Step:
         params = {n: p.detach() for n, p in net.named_parameters()}
         towards = {n: torch.ones_like(p) for n, p in params.items()}
         loss_of = lambda p: mse_loss(functional_call(net, p, (x,)), y)  # noqa: E731
-        loss, slope = jvp(loss_of, (params,), (towards,))
+        loss, slope = jvp(loss_of, (params,), (towards,))  # pyright: ignore[reportAssignmentType]
         give(net, (slope * t for t in towards.values()))
         opt.step()
         return loss
@@ -221,7 +221,7 @@ def inner_step(net: nn.Module, opt: Any) -> Step:
     """MAML."""
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        params = dict(net.named_parameters())
+        params: dict[str, Tensor] = dict(net.named_parameters())
         inner = mse_loss(functional_call(net, params, (x[:3],)), y[:3])
         grads = grad(inner, list(params.values()), create_graph=True)
         fast = {n: p - 0.1 * g for (n, p), g in zip(params.items(), grads, strict=True)}

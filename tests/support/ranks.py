@@ -155,7 +155,7 @@ def branching() -> tuple[nn.Module, Step]:
         out = model(x)
         if x.sum() > 0:
             out = out * 2
-        mse_loss(checkpoint(torch.tanh, out, use_reentrant=False), y).backward()  # pyright: ignore
+        mse_loss(checkpoint(torch.tanh, out, use_reentrant=False), y).backward()
         opt.step()
 
     return net, step
