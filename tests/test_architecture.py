@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "fxpass"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "timing": set(),
-    "_torch": {"errors", "ir.alias", "ir.marks", "ir.slots", "ir.unbacked", "timing"},
+    "_torch": {"errors", "ir.alias", "ir.marks", "ir.provenance", "ir.slots", "ir.unbacked", "timing"},
     "ir": {"errors"},
     "capture": {"_torch", "errors", "ir"},
     "analysis": {"ir", "errors"},

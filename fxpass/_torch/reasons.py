@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..ir.provenance import frames_in
 from .dynamo_common import is_users
 from .frame_record import Change
 
@@ -39,9 +40,10 @@ def change_of(reason: str, locals_: Mapping[str, Any], globals_: Mapping[str, An
         text = _in_words(guard, frame)
     except Exception:  # a way to write guards that is new: Dynamo's words will do
         text = ""
-    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', reason)
-    own = [line for line in lines if is_users(line[0])] or lines
-    return Change(guard, text or f"not {guard}", "{}:{} in {}".format(*own[-1]) if own else "")
+    frames = frames_in(reason)
+    own = [f for f in frames if is_users(f.path)] or frames
+    where = f"{own[-1].path}:{own[-1].line} in {own[-1].function}" if own else ""
+    return Change(guard, text or f"not {guard}", where)
 
 
 class _Frame:

@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map_only  # public in all but name: torch.export's documents use it
 
 from .graph import Origin, Phase, StepGraph, origin, phase
+from .provenance import inherit
 from .unbacked import SIZES, recompute
 
 aten = torch.ops.aten
-_PROVENANCE = ("stack_trace", "nn_module_stack")  # what ties a node to the user's code
 
 
 class Editor:
@@ -103,7 +103,7 @@ class Editor:
                     results = tree_map_only(Node, values.__getitem__, part.args[0])
                 else:
                     made = self.copy(part, values, when=phase(node), reason=reason)
-                    made.meta.update({key: node.meta[key] for key in _PROVENANCE if key in node.meta})
+                    inherit(made, node)
                     values[part] = made
         if isinstance(results, (tuple, list)):
             for user in list(node.users):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+# Metadata that ties a node to the user's code: its line and module, its part of backward, its region.
+INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -29,6 +31,11 @@ class Frame:
 def frames_in(text: str) -> tuple[Frame, ...]:
     """The frames of a stack trace as Python prints it, outermost first."""
     return tuple(Frame(path, int(line), function) for path, line, function in _FRAME.findall(text))
+
+
+def inherit(made: Node, replaced: Node) -> None:
+    """Let a node be of the same line and module as the one in whose place it stands."""
+    made.meta.update({key: replaced.meta[key] for key in INHERITED if key in replaced.meta})
 
 
 def trace_of(node: Node) -> str:

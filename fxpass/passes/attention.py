@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..ir.alias import storage_of
 from ..ir.edit import Editor
 from ..ir.graph import NO_FLASH, StepGraph, is_tagged, phase, source, tensor
+from ..ir.provenance import inherit
 from .graph_pass import GraphPass
 
 aten = torch.ops.aten
@@ -22,7 +23,6 @@ _EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.defa
 _FLASH = aten._scaled_dot_product_flash_attention.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 _HALF = (torch.float16, torch.bfloat16)
-_KEPT = ("nn_module_stack", "seq_nr", "custom", "stack_trace")
 _ALIGNED = 8  # elements of a head: what flash attention takes without padding
 
 
@@ -144,7 +144,7 @@ class _Exchange:
         """A call where ``like`` stands, of the same line and phase."""
         with self.edit.before(like):
             made = self.edit.call(target, *args, when=phase(like), reason=self.reason, **kwargs)
-        made.meta.update({key: value for key, value in like.meta.items() if key in _KEPT})
+        inherit(made, like)
         return made
 
     def _padded(self, like: Node, value: Node) -> Node:
