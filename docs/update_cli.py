@@ -67,7 +67,7 @@ def schema() -> str:
     from fxpass.cli import compile as compile_command
     from fxpass.cli import doctor, explain, graph, memory, passes, report
     from fxpass.passes.pipeline import PassRecord
-    from fxpass.report import diff, explanation, inspection
+    from fxpass.report import diff, explanation, inspection, launches
     from fxpass.report import memory as memory_data
 
     answers = {
@@ -85,7 +85,8 @@ def schema() -> str:
         *(inspection.Region, PassRecord, inspection.Precision, inspection.Float32, NodeView),
         *(diff.Change, memory.Mode, memory_data.MemorySummary, memory_data.PhaseMemory, memory_data.Alive),
         *(explanation.Explanation, passes.PassInfo, doctor.Check, Transfer),
-        *(compile_command.CompiledGraph,),
+        *(compile_command.CompiledGraph, launches.Launches, launches.PhaseLaunches),
+        *(launches.PassLaunches, launches.KernelResources),
     )
     tables = [_table(f'`"schema": "fxpass.{name}/1"`', cls) for name, cls in answers.items()]
     return "\n".join(tables + [_table(f"`{cls.__name__}`", cls) for cls in parts])
@@ -96,7 +97,8 @@ def _table(title: str, cls: Any) -> str:
     rows = []
     for field in dataclasses.fields(cls):
         comment = re.search(rf"(?m)^ +{field.name}: [^#\n]*#(.*)$", source)
-        rows.append(f"| `{field.name}` | `{field.type}` | {comment[1].strip() if comment else ''} |")
+        kind = str(field.type).replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{kind}` | {comment[1].strip() if comment else ''} |")
     said = (cls.__doc__ or "").strip().splitlines()[0]
     return "\n".join([f"**{title}**: {said}", "", "| field | type | |", "|---|---|---|", *rows, ""])
 

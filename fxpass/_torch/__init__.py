@@ -6,6 +6,8 @@ from .aot import is_recorded as is_recorded
 from .aot import python_values as python_values
 from .aot import trace as trace
 from .combos import combo_settings as combo_settings
+from .cubins import Resources as Resources
+from .cubins import kernels_loaded as kernels_loaded
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
 from .dynamo_common import frame_name as frame_name

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,12 +23,15 @@ import torch.compiler.config as compiler_config
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.codegen import wrapper as lines
+from torch._inductor.codegen.cpp import CppScheduling
+from torch._inductor.codegen.triton import TritonScheduling
 from torch._inductor.compile_fx import _InProcessFxCompile
 from torch._inductor.memory import (
     assign_memory_planning_info_for_scheduler_buffers,
     estimate_peak_memory,
     get_freeable_input_buf,
 )
+from torch._inductor.scheduler import BaseSchedulerNode
 from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 from torch.fx import GraphModule, Node
@@ -38,7 +42,7 @@ from ..timing.clock import stage
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,
 # combos.py, stored.py change.
-FORMAT = "fxpass-program-6"
+FORMAT = "fxpass-program-7"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]
@@ -83,7 +87,10 @@ class Free:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel or library call; it allocates ``results`` itself, and ``scratch`` bytes while it runs."""
+    """One kernel or library call; it allocates ``results`` itself, and ``scratch`` bytes while it runs.
+
+    ``node`` is the step's node that a library is called for, ``nodes`` are all that the launch computes.
+    """
 
     kernel: str
     reads: tuple[str, ...]
@@ -91,6 +98,8 @@ class Launch:
     results: tuple[Block, ...] = ()
     holder: str = ""  # the name of the tuple of results, if it is one
     scratch: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    nodes: tuple[str, ...] = ()
+    generated: bool = False  # by Inductor: one launch; a library's call may be several, or none
 
 
 Line = Allocate | Alias | Free | Launch
@@ -119,6 +128,19 @@ class _Recorder:
     scratch: Scratch
     dry: bool
     program: Program | None = None
+    # by kernel, what each of its launches computes, in their order: the wrapper's lines do not say
+    computed: dict[str, list[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(list))
+
+    def computes(self, scheduling: type[Any]) -> Any:
+        """A patch of ``scheduling``: it notes what each kernel computes, right before it writes the call."""
+        comment = scheduling.codegen_comment
+
+        def codegen_comment(own: Any, node_schedule: Any, kernel_name: str | None = None) -> None:
+            if kernel_name:
+                self.computed[kernel_name].append(_computed(node_schedule))
+            comment(own, node_schedule, kernel_name)
+
+        return mock.patch.object(scheduling, "codegen_comment", codegen_comment)
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("fxpass_recorder", default=None)
@@ -147,7 +169,7 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
         passes(self, is_inference)
         if recorder.program is None:
             with stage("profile"):
-                recorder.program = _read_or_not(self, recorder.scratch)
+                recorder.program = _read_or_not(self, recorder)
             if recorder.dry:
                 raise _Recorded
 
@@ -161,6 +183,8 @@ def recording(scratch: Scratch, *, dry: bool = False) -> Iterator[_Recorder]:
             mock.patch.object(lines.PythonWrapperCodegen, "run_wrapper_ir_passes", run_wrapper_ir_passes),
             mock.patch.object(_InProcessFxCompile, "codegen_and_compile", codegen_and_compile),
             mock.patch.object(compiler_config, "cache_key_tag", f"{tag} {FORMAT}"),
+            recorder.computes(TritonScheduling),
+            recorder.computes(CppScheduling),
         ):
             yield recorder
     except _Recorded:
@@ -174,17 +198,24 @@ def program_of(compiled: Any) -> Program:
     return getattr(compiled, ATTRIBUTE, EMPTY)
 
 
-def _read_or_not(wrapper: Any, scratch: Scratch) -> Program:
+def _computed(node_schedule: Any) -> tuple[str, ...]:
+    """The step's nodes that were fused into a kernel; its schedule has markers between the nodes, too."""
+    parts = [part for n in node_schedule if isinstance(n, BaseSchedulerNode) for part in n.get_nodes()]
+    origins = (origin for part in parts if part.node is not None for origin in part.node.get_origins())
+    return tuple(dict.fromkeys(name for origin in origins if (name := _step_node(origin))))
+
+
+def _read_or_not(wrapper: Any, recorder: _Recorder) -> Program:
     """The program; an empty one that says why, if it cannot be read: it is not worth a failed compilation."""
     try:
-        return _read(wrapper, scratch)
+        return _read(wrapper, recorder)
     except Exception as error:
         return Program((), (), (), 0, f"{type(error).__name__}: {error}")
 
 
-def _read(wrapper: Any, scratch: Scratch) -> Program:
+def _read(wrapper: Any, recorder: _Recorder) -> Program:
     graph = V.graph
-    found = [line for source in wrapper.lines if (line := _line(source, scratch)) is not None]
+    found = [line for source in wrapper.lines if (line := _line(source, recorder)) is not None]
     return Program(tuple(graph.graph_input_names), tuple(graph.get_output_names()), tuple(found), _estimate())
 
 
@@ -206,7 +237,7 @@ def _find_readers() -> None:
             planned.size_alloc = planned.size_free = 0
 
 
-def _line(line: Any, scratch: Scratch) -> Line | None:
+def _line(line: Any, recorder: _Recorder) -> Line | None:
     """One line of the wrapper; None if it touches no memory."""
     if isinstance(line, lines.AllocateLine):
         return Allocate(_block(line.node))
@@ -221,10 +252,12 @@ def _line(line: Any, scratch: Scratch) -> Line | None:
     if isinstance(line, lines.MultiOutputLine):
         return Alias(line.result_name, line.arg_name, False)
     if isinstance(line, lines.KernelCallLine):
-        return Launch(line.kernel_name, _names(line.call_args), "")
+        computed = recorder.computed[line.kernel_name]
+        nodes = computed.pop(0) if computed else ()
+        return Launch(line.kernel_name, _names(line.call_args), "", nodes=nodes, generated=True)
     if isinstance(line, lines.WrapperLine):
         node = getattr(line, "node", None)
-        return _call(node, scratch) if isinstance(node, ir.ExternKernel) else None
+        return _call(node, recorder.scratch) if isinstance(node, ir.ExternKernel) else None
     return _text(line)
 
 
@@ -250,7 +283,8 @@ def _call(node: Any, scratch: Scratch) -> Launch:
     kernel = str(target or node.python_kernel_name or type(node).__name__)
     extra = scratch(origin) if isinstance(origin, Node) and origin.op == "call_function" else sympy.Integer(0)
     reads = tuple(dep.name for dep in node.get_read_writes().reads)
-    return Launch(kernel, reads, _step_node(origin), results, name, extra)
+    nodes = tuple(dict.fromkeys(made for n in origins if (made := _step_node(n))))
+    return Launch(kernel, reads, _step_node(origin), results, name, extra, nodes)
 
 
 def _text(line: Any) -> Launch | None:

@@ -45,6 +45,9 @@ class Moment:
     index: int
     name: str
     phase: str
+    # of a launch: the passes that inserted what it computes, "" for the user's own; is the kernel Inductor's
+    made_by: tuple[str, ...] = ()
+    generated: bool = False
 
 
 @dataclass(frozen=True)

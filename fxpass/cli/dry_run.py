@@ -19,6 +19,7 @@ def dry_run_of(
     points: Collection[str] | None = None,
     dynamic: bool | None = None,
     of: str = "graph",
+    kernels: bool = False,
 ) -> DryRun:
     """Capture ``target`` and run the passes; see ``fxpass.hallway.dry_run.dry_run``."""
     found = load(target)
@@ -33,6 +34,7 @@ def dry_run_of(
             points=points,
             dynamic=dynamic,
             of=of,
+            kernels=kernels,
         )
 
 

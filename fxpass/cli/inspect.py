@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -9,14 +10,21 @@ from rich.console import Console
 
 from ..hallway.dry_run import CAPTURED
 from ..report.inspection import FLOATS, Inspection, inspection
-from ..report.memory import NOTES
+from ..report.launches import KernelResources, Launches
+from ..report.memory import NOTES, PROGRAM
 from .dry_run import dry_run_of
 from .flags import across_ranks, backend_options, capture_options, common_options, memory_of
 from .memory import show_phases
 from .output import bytes_text, console, print_json, table
+from .usage import UsageProblem
 
 
 @click.argument("target")
+@click.option(
+    "--launches",
+    is_flag=True,
+    help="kernels by phase and by pass; on a GPU they are compiled: registers and spills",
+)
 @memory_of
 @backend_options
 @across_ranks
@@ -24,6 +32,7 @@ from .output import bytes_text, console, print_json, table
 @common_options
 def inspect(
     target: str,
+    launches: bool,
     of: str,
     options: dict[str, Any],
     device: str | None,
@@ -36,9 +45,14 @@ def inspect(
     \b
     Example: fxpass inspect gpt --max-norm 1.0
              fxpass inspect train.py:example --dtype bfloat16
+             fxpass inspect gpt --device cuda --launches
     """
-    run = dry_run_of(target, options, device, tensors, points={CAPTURED, "finish"}, of=of)
-    found = inspection(target, run)
+    if launches and options.get("codegen") == "eager":
+        found = "codegen='eager' runs the graph node by node: there are no kernels to count"
+        raise UsageProblem(found, "leave out --codegen or --launches")
+    of = PROGRAM if launches else of
+    run = dry_run_of(target, options, device, tensors, points={CAPTURED, "finish"}, of=of, kernels=launches)
+    found = inspection(target, run, with_launches=launches)
     if as_json:
         print_json("inspect", found)
     else:
@@ -72,9 +86,40 @@ def show(found: Inspection, out: Console) -> None:
     peak = f"{bytes_text(found.memory.peak)}, {found.memory.bytes_per_parameter:.2f} bytes per parameter"
     out.print(f"memory {NOTES[found.memory.of]}: peak {peak}", markup=False)
     show_phases(found.memory, out)
+    if found.launches is not None:
+        out.print()
+        _show_launches(found.launches, out)
     if found.ranks > 1:
         out.print()
         _show_transfers(found, out)
+
+
+def _show_launches(found: Launches, out: Console) -> None:
+    kernels = sum(p.kernels for p in found.phases)
+    text = f"{found.total} launches a step: {kernels} generated {found.language} kernels"
+    out.print(f"{text}, {found.total - kernels} library calls", markup=False)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    counts = ("kernels", "library calls")
+    phases = [(p.phase, p.kernels, p.calls) for p in found.phases]
+    out.print(table(("launched in", *counts), phases, right=counts))
+    out.print()
+    counts = ("alone", "fused with others")
+    passes = [(p.name, p.alone, p.fused) for p in found.passes]
+    out.print(table(("launched for", *counts), passes, right=counts))
+    if found.compiled:
+        out.print()
+        _show_resources(found.compiled, out)
+
+
+def _show_resources(kernels: Sequence[KernelResources], out: Console) -> None:
+    fewest, most = min(k.fewest for k in kernels), max(k.most for k in kernels)
+    spilling = [k for k in kernels if k.spilled]
+    text = f"{len(kernels)} kernels compiled for sm_{kernels[0].capability}: {fewest} to {most} registers"
+    out.print(f"{text}, {len(spilling) or 'none'} with spills", markup=False)
+    if spilling:
+        cells = [(k.name, f"{k.fewest} to {k.most}", k.spilled) for k in spilling]
+        out.print(table(("spills", "registers", "bytes a thread"), cells, right=("bytes a thread",)))
 
 
 def _show_transfers(found: Inspection, out: Console) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .. import _torch
+from .._torch import Resources
 from .._torch import fake_ranks as fake_ranks
 from ..analysis.memory import MemoryProfile, graph_profile
 from ..analysis.view import GraphView, view
@@ -24,13 +25,14 @@ from ..analysis.wire import Transfer, transfers
 from ..backend import MixedPrecision
 from ..errors import CaptureError
 from ..ir.graph import Role, StepGraph, tensor
-from ..lower.callable import profile_only
+from ..lower.callable import lower, profile_only
 from ..options import Options
 from .dry_run_hooks import DryRunHooks, running_dry
 from .graph_record import GraphRecord
 
 LARGE = 6000  # nodes: Inductor schedules that many in about 20 s
 CAPTURED = "captured"  # the point before the first pass
+CompiledKernel = Sequence[Resources]  # in each block size
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # step, args, kwargs
 
 
@@ -47,6 +49,7 @@ class DryRun:
     notes: tuple[str, ...] = ()
     ranks: int = 1
     transfers: tuple[Transfer, ...] = ()  # what it sends to other ranks
+    kernels: Sequence[CompiledKernel] = ()  # for the GPU, if that was asked for
 
     @property
     def memory(self) -> MemoryProfile:
@@ -73,6 +76,7 @@ def dry_run(
     points: Collection[str] | None = None,
     dynamic: bool | None = None,
     of: str = "graph",
+    kernels: bool = False,
 ) -> DryRun:
     """Capture the step that ``make`` returns and run the passes of ``options`` on it.
 
@@ -84,15 +88,16 @@ def dry_run(
         dynamic: as in ``torch.compile``; True keeps the arguments' sizes symbolic.
         of: whose memory to profile: the "graph"'s, the "program"'s that Inductor schedules from it (seconds
             to minutes), or "auto", the program's unless the graph is large.
+        kernels: compile the program for a GPU that is here: what its kernels take is known then.
 
     Raises:
         FxpassError: the step cannot be captured whole.
     """
     if tensors == "real":
-        return _attempt(make, options, device, False, points, dynamic, of)
+        return _attempt(make, options, device, False, points, dynamic, of, kernels)
     before = _fake_bytes()
     try:
-        return _attempt(make, options, device, True, points, dynamic, of)
+        return _attempt(make, options, device, True, points, dynamic, of, kernels)
     except CaptureError:
         raise  # a graph break is one with real tensors too
     except Exception as error:
@@ -100,7 +105,7 @@ def dry_run(
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     gc.collect()
-    run = _attempt(make, options, device, False, points, dynamic, of)
+    run = _attempt(make, options, device, False, points, dynamic, of, kernels)
     return replace(run, notes=(f"not with fake tensors: {reason}", *run.notes))
 
 
@@ -112,6 +117,7 @@ def _attempt(
     points: Collection[str] | None,
     dynamic: bool | None,
     of: str,
+    kernels: bool,
 ) -> DryRun:
     notes: list[str] = []
     with _building(device, fake, notes):
@@ -125,7 +131,7 @@ def _attempt(
         graphs[:] = [graph]
 
     backend = MixedPrecision(**{**options, "progress": False})  # the command line says what it does
-    profile, profiled = _profiler(of, notes)
+    profile, profiled, compiled = _profiler(of, notes, kernels)
     ranks = backend.group.size() if backend.group is not None else 1
     sent: list[Transfer] = []
 
@@ -142,12 +148,26 @@ def _attempt(
     device = _device(graphs[0])
     record = backend.graphs[-1]
     of = profiled[-1]
-    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks, tuple(sent))
+    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks, tuple(sent), compiled)
 
 
-def _profiler(of: str, notes: list[str]) -> tuple[Callable[..., MemoryProfile], list[str]]:
-    """A profile of the program, or of the graph if Inductor cannot schedule it; and which of them it was."""
+def _profiler(
+    of: str, notes: list[str], kernels: bool
+) -> tuple[Callable[..., MemoryProfile], list[str], list[CompiledKernel]]:
+    """A profile of the program, or of the graph if Inductor cannot schedule it; and which of them it was.
+
+    With ``kernels`` the last list is filled with those that were compiled.
+    """
     profiled: list[str] = []
+    compiled: list[CompiledKernel] = []
+
+    def program(step: StepGraph, *rest: Any) -> MemoryProfile:
+        if not kernels or _device(step) != "cuda":
+            return profile_only(step, *rest)
+        with _torch.kernels_loaded() as loaded:
+            memory = lower(step, *rest).memory
+        compiled[:] = loaded
+        return memory
 
     def profile(step: StepGraph, inputs: list[Any], options: Options, mode: str | None) -> MemoryProfile:
         found = graph_profile(step)  # first: scheduling takes the graph apart
@@ -159,14 +179,14 @@ def _profiler(of: str, notes: list[str]) -> tuple[Callable[..., MemoryProfile], 
             )
         elif of != "graph":
             try:
-                found = profile_only(step, inputs, options, mode)
+                found = program(step, inputs, options, mode)
                 profiled[-1] = "program"
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
                 notes.append(f"memory of the graph: Inductor failed with {type(error).__name__}: {reason}")
         return found
 
-    return profile, profiled
+    return profile, profiled, compiled
 
 
 @contextlib.contextmanager

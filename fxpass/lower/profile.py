@@ -24,7 +24,7 @@ from ..analysis.memory import (
     scratch_tensor,
     sized,
 )
-from ..ir.graph import StepGraph, phase
+from ..ir.graph import StepGraph, origin, phase
 from ..ir.provenance import user_place
 from ..ir.sizes import storage_bytes
 
@@ -39,6 +39,7 @@ class Facts:
     roles: Mapping[str, str]
     phases: Mapping[str, str]
     lines: Mapping[str, str]
+    makers: Mapping[str, str]  # the pass that inserted a node
     inputs: tuple[LiveTensor, ...]
     parameters: int
     symbols: Symbols
@@ -51,7 +52,7 @@ def facts_of(step: StepGraph) -> Facts:
     try:
         return _facts_of(step)
     except Exception as error:  # whatever it is: a profile is not worth a failed compilation
-        return Facts({}, {}, {}, (), 0, Symbols([]), 1, missing=f"{type(error).__name__}: {error}")
+        return Facts({}, {}, {}, {}, (), 0, Symbols([]), 1, missing=f"{type(error).__name__}: {error}")
 
 
 def _facts_of(step: StepGraph) -> Facts:
@@ -74,6 +75,7 @@ def _facts_of(step: StepGraph) -> Facts:
         roles,
         {n.name: phase(n).value for n in step.graph.nodes},
         {n.name: user_place(n) for n in step.graph.nodes},
+        {n.name: made.pass_name for n in step.graph.nodes if (made := origin(n))},
         tuple(inputs),
         parameter_count(step),
         Symbols.of(step),
@@ -171,14 +173,17 @@ class _Replay:
     ) -> None:
         index = len(self.moments)
         nodes = [names.get(n, n) for n in (line.node, *(b.node for b in made)) if n]
-        phases = [self.facts.phases[n] for n in nodes if n in self.facts.phases]
+        computed = [names.get(n, n) for n in line.nodes] or nodes
+        phases = [self.facts.phases[n] for n in computed if n in self.facts.phases]
         if phases:
-            self.phase = max(phases, key=ORDER.index)
+            # "output" is the write of a value where it belongs, in the kernel that computes it
+            self.phase = max([p for p in phases if p != "output"] or phases, key=ORDER.index)
         elif names:
             self.phase = "update"
         if line.results:
             self.hold(held, line.holder, [self.new(b, names) for b in line.results])
-        self.moments.append(Moment(index, line.kernel, self.phase))
+        makers = tuple(sorted({self.facts.makers.get(n, "") for n in computed}))
+        self.moments.append(Moment(index, line.kernel, self.phase, makers, line.generated))
         size = line.scratch
         if size != 0:
             node = nodes[0] if nodes else ""

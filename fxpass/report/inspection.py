@@ -11,7 +11,8 @@ from ..analysis.why import why_float32
 from ..analysis.wire import Transfer
 from ..hallway.dry_run import CAPTURED, DryRun
 from ..passes.pipeline import PassRecord
-from .memory import PHASES, MemorySummary, summary
+from .launches import Launches, launches
+from .memory import PHASES, PROGRAM, MemorySummary, summary
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -66,10 +67,11 @@ class Inspection:
     memory: MemorySummary
     ranks: int
     transfers: tuple[Transfer, ...]  # collectives, in the order in which they start
+    launches: Launches | None  # with --launches
 
 
-def inspection(target: str, run: DryRun) -> Inspection:
-    """What ``run`` says, as data."""
+def inspection(target: str, run: DryRun, *, with_launches: bool = False) -> Inspection:
+    """What ``run`` says, as data; what it launches, if the program was profiled and that is asked for."""
     before, after = run.views[CAPTURED], run.final
     record = run.record
     return Inspection(
@@ -88,6 +90,7 @@ def inspection(target: str, run: DryRun) -> Inspection:
         summary(run.memory, run.memory_of),
         run.ranks,
         run.transfers,
+        launches(run) if with_launches and run.memory_of == PROGRAM else None,
     )
 
 

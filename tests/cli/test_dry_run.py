@@ -80,6 +80,18 @@ def test_cuda_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         assert "traced with the CPU's operators" in found.out
 
 
+def test_launches_are_those_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    found = fx(capsys, "inspect", "@mlp", "--launches", "--of", "graph", "--json").json()
+    launches = found["launches"]
+    assert found["memory"]["of"] == "program"
+    assert launches["total"] == sum(p["kernels"] + p["calls"] for p in launches["phases"])
+    assert {"forward", "backward", "check", "update", "scale"} == {p["phase"] for p in launches["phases"]}
+    assert {"cast", "check_finite", "skip"} <= {p["name"] for p in launches["passes"]}
+    refused = fx(capsys, "inspect", "@mlp", "--launches", "--codegen", "eager")
+    assert refused.code == 2
+    assert "leave out --codegen or --launches" in refused.err
+
+
 def test_a_break_is_not_tried_twice() -> None:
     calls = []
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
-import triton
 from torch.profiler import ProfilerActivity, profile
+
+from fxpass._torch.cubins import Resources, resources
 
 _library = ctypes.CDLL(None)
 STUB = hasattr(_library, "stub_log_stop")
@@ -94,22 +92,12 @@ def _profiled(log: Log) -> Iterator[Log]:
             log.launches.append(event.name)
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes, as ``ptxas`` laid it out."""
-
-    name: str
-    capability: int
-    registers: int
-    stack: int  # bytes: registers that were spilled
-
-
 def compiled_kernels() -> dict[str, list[Resources]]:
     """Of every Triton kernel in Inductor's cache, by name: each in the block sizes it is chosen from."""
     cache_dir = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     kernels: dict[str, list[Resources]] = {}
     for path in sorted(cache_dir.glob("triton/*/*/*.cubin")):
-        found = _resources(path)
+        found = resources(path)
         kernels.setdefault(found.name, []).append(found)
     return kernels
 
@@ -117,13 +105,3 @@ def compiled_kernels() -> dict[str, list[Resources]]:
 def spilling() -> list[str]:
     """Kernels that spill registers in every block size: Inductor drops those that do where others do not."""
     return [name for name, sizes in compiled_kernels().items() if all(size.stack for size in sizes)]
-
-
-@cache
-def _resources(cubin: Path) -> Resources:
-    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-    said = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found, said
-    about = json.loads(cubin.with_suffix(".json").read_text())
-    return Resources(about["name"], about["target"]["arch"], int(found[1]), int(found[2]))

@@ -29,6 +29,8 @@ def test_a_step_in_its_steady_state(case: Case) -> None:
     assert len(log.launches) <= case.launches, len(log.launches)
     assert len(handle.graphs) == 1
     assert STUB or handle.stats().steps == 4
+    generated = sum(moment.generated for moment in handle.graphs[-1].memory.moments)
+    assert log.count("triton_") == generated  # what ``fxpass inspect --launches`` says
     _memory_is_what_the_profile_says(handle.graphs[-1].memory, before)
     if STUB:
         assert not spilling()
