@@ -162,6 +162,37 @@ def warm_compiler(device: torch.device) -> None:
     _synchronise(device)
 
 
+@dataclass(frozen=True)
+class DeviceWork:
+    """What one call asks of a GPU."""
+
+    launches: int  # of kernels, those in a CUDA graph included
+    graphs: int  # CUDA graphs launched
+    waits: int  # of the host for the device
+
+
+def device_work(call: Callable[[], object], device: torch.device) -> DeviceWork | None:
+    """Count what a call launches, and how often the host waits in it; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    _synchronise(device)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing CUDA operation" in str(w.message) for w in heard)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        call()
+        _synchronise(device)
+    events = recorded.events() or []
+    work = [e.name for e in events if e.device_type is torch.autograd.DeviceType.CUDA]
+    copies = sum(name.startswith("Memcpy") for name in work)
+    return DeviceWork(len(work) - copies, sum(e.name == "cudaGraphLaunch" for e in events), waits)
+
+
 def machine(device: torch.device) -> dict[str, object]:
     """Describe what the numbers were measured on."""
     root = Path(__file__).resolve().parent.parent

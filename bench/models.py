@@ -40,6 +40,10 @@ GPT_SIZES: dict[str, GPTConfig] = {
     "12M": GPTConfig(width=384, layers=6, heads=6),
     "21M": GPTConfig(width=512, layers=6, heads=8),
     "105M": GPTConfig(width=1024, layers=8, heads=16),
+    # GPT-2's and GPT-3's shapes
+    "125M": GPTConfig(width=768, layers=12, heads=12, vocab=50304, context=1024),
+    "350M": GPTConfig(width=1024, layers=24, heads=16, vocab=50304, context=1024),
+    "1.3B": GPTConfig(width=2048, layers=24, heads=32, vocab=50304, context=1024),
 }
 
 

@@ -29,6 +29,11 @@ class Recipe:
     max_norm: float = 1.0
     lr: float = 3e-4
     weight_decay: float = 0.1
+    graphs: bool = False  # what is compiled is replayed as CUDA graphs
+
+    def compile(self, model: nn.Module) -> Callable[..., Tensor]:
+        """Return the model compiled by itself."""
+        return torch.compile(model, options={"triton.cudagraphs": True} if self.graphs else None)
 
     def adamw(self, parameters: list[nn.Parameter], **options: Any) -> AdamW:
         """Return AdamW over the parameters."""
@@ -73,23 +78,32 @@ def eager_amp(model: nn.Module, recipe: Recipe) -> Contender:
 def compiled_amp(model: nn.Module, recipe: Recipe) -> Contender:
     """Train as the torch.amp tutorial does, with the model compiled and AdamW fused."""
     optimizer = recipe.adamw(list(model.parameters()), fused=True)
-    return _amp(torch.compile(model), model, optimizer, recipe)
+    return _amp(recipe.compile(model), model, optimizer, recipe)
+
+
+def torchao_8bit(model: nn.Module, recipe: Recipe) -> Contender:
+    """Train as compiled_amp does, with torchao's AdamW, whose states have 8 bits."""
+    from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+    optimizer = AdamW8bit(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return _amp(recipe.compile(model), model, optimizer, recipe)
+
+
+def flashoptim(model: nn.Module, recipe: Recipe) -> Contender:
+    """Train low-precision weights with FlashOptim's AdamW, which keeps what they lack and 8-bit states."""
+    from flashoptim import FlashAdamW, cast_model  # pyright: ignore[reportMissingImports]
+
+    if recipe.dtype is torch.float16:
+        raise NotImplementedError("GradScaler does not unscale float16 gradients")
+    cast_model(model, dtype=recipe.dtype)
+    optimizer = FlashAdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return _plain(recipe.compile(model), model, optimizer, recipe)
 
 
 def compiled_fp32(model: nn.Module, recipe: Recipe) -> Contender:
     """Train in float32 with the model compiled and AdamW fused."""
     optimizer = recipe.adamw(list(model.parameters()), fused=True)
-    forward = torch.compile(model)
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        loss = forward(x, y)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), recipe.max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return Contender(step, model, optimizer, compiled=True, scale=lambda: 1.0)
+    return _plain(recipe.compile(model), model, optimizer, recipe)
 
 
 def o2_keep(model: nn.Module, recipe: Recipe) -> Contender:
@@ -116,6 +130,8 @@ def ours(model: nn.Module, recipe: Recipe, **chosen: Any) -> Contender:
     options: dict[str, Any] = {"max_norm": recipe.max_norm, **chosen}
     if recipe.dtype is not torch.float16:
         options["dtype"] = recipe.dtype
+    if recipe.graphs:
+        options["inductor"] = {"triton.cudagraphs": True}
     step = torch.compile(train_step, backend="mixedprec", options=options)
 
     def scale() -> float:
@@ -143,9 +159,32 @@ PEERS: dict[str, Factory] = {
     "fxpass": ours,
 }
 BASELINE = "compiled-amp"
+# where the package that each is named by is installed
+OPTIONAL: dict[str, tuple[str, Factory]] = {
+    "torchao-8bit": ("torchao", torchao_8bit),
+    "flashoptim": ("flashoptim", flashoptim),
+}
 
 
-def _amp(forward: Callable[..., Tensor], model: nn.Module, optimizer: AdamW, recipe: Recipe) -> Contender:
+def _plain(
+    forward: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> Contender:
+    """A step without autocast and without a loss scale."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = forward(x, y)
+        loss.backward()
+        clip_grad_norm_(model.parameters(), recipe.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Contender(step, model, optimizer, compiled=True, scale=lambda: 1.0)
+
+
+def _amp(
+    forward: Callable[..., Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> Contender:
     scaler = recipe.scaler()
 
     def step(x: Tensor, y: Tensor) -> Tensor:

@@ -188,9 +188,14 @@ def console() -> Console:
     return Console(width=None if Console().is_terminal else 150)
 
 
-def save(path: Path, settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+def save(
+    path: Path,
+    settings: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    device: torch.device | None = None,
+) -> None:
     """Write machine, settings and results as JSON, floats to six digits, None for inf and nan."""
-    where = measure.machine(torch.device("cpu"))
+    where = measure.machine(device or torch.device("cpu"))
     record = {"machine": where, "settings": settings, "results": list(results)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
