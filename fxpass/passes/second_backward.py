@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch.fx import Node
 
 from ..analysis.cost import is_deterministic
@@ -16,6 +17,7 @@ from ..ir.marks import MARK, SEED
 from .graph_pass import GraphPass
 from .results import Checked
 
+NAN_TO_NUM = torch.ops.aten.nan_to_num.default
 AGAIN = (Phase.BACKWARD, Phase.GRADIENT)
 
 
@@ -29,6 +31,11 @@ class SecondBackward(GraphPass):
     straight into its parameter's update. Exact skip and exact clipping for
     2 bytes per parameter less, at the price of one more backward; activations
     live until the second backward is through with them.
+
+    Not every kernel gives the same bits twice: sums by atomic additions (of a
+    table's gradient, of attention's on CUDA) depend on the order in which
+    threads come. The verdict is about the first gradients, so what is not
+    finite in the second ones alone is read as 0: no update writes it.
     """
 
     name: ClassVar[str] = "second_backward"
@@ -58,9 +65,17 @@ class SecondBackward(GraphPass):
                 else:
                     reason = "the gradient again, after the verdict"
                     copies[node] = edit.copy(node, copies, when=phase(node), reason=reason)
+        finite: dict[Node, Node] = {}
         for user, value in reads:
             if copies[value] is not value:
-                edit.read_instead(user, value, copies[value])
+                if value not in finite:
+                    finite[value] = self._finite(edit, copies[value])
+                edit.read_instead(user, value, finite[value])
+
+    def _finite(self, edit: Editor, gradient: Node) -> Node:
+        with edit.after(gradient):
+            reason = "the verdict was about the first gradient"
+            return edit.call(NAN_TO_NUM, gradient, 0.0, 0.0, 0.0, when=Phase.UPDATE, reason=reason)
 
 
 def _large(user: Node) -> list[Node]:

@@ -56,10 +56,17 @@ def test_no_large_gradient_of_the_first_backward_reaches_an_update() -> None:
     captured, _ = graph_of(step, args, passes)
     again = set(inserted_by(captured, "second_backward"))
     assert any("mm" in str(n.target) for n in again)
-    for node in captured.nodes():
-        for value in node.all_input_nodes if phase(node) is Phase.UPDATE else ():
-            if phase(value) in (Phase.BACKWARD, Phase.GRADIENT) and tensor(value).nbytes >= 4096:
-                assert value in again
+    read = [
+        (node, value)
+        for node in captured.nodes()
+        for value in (node.all_input_nodes if phase(node) is Phase.UPDATE else ())
+        if phase(value) in (Phase.BACKWARD, Phase.GRADIENT) and tensor(value).nbytes >= 4096
+    ]
+    assert read
+    for node, value in read:
+        assert value in again
+        # atomic additions may overflow the second time alone, and the verdict has been spoken
+        assert node.target is torch.ops.aten.nan_to_num.default
 
 
 def test_declines_when_off_and_with_several_backwards() -> None:
