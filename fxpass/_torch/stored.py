@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import register_lowering
 from torch._ops import OpOverload
 
 
 def store_results_of(op: OpOverload) -> None:
-    """Lower ``op(tensors)``, a copy of each, to the tensors themselves, stored; on a CPU to a call of it."""
-    call = fallback_handler(op, add_to_fallback_set=False)
+    """Lower ``op(tensors)``, a copy of each, to the tensors themselves, stored."""
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(tensors: list[Any]) -> Any:
-        if any(tensor.get_device().type == "cpu" for tensor in tensors):
-            return call(tensors)
         for tensor in tensors:
             tensor.realize()
         return list(tensors)

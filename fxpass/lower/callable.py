@@ -35,6 +35,9 @@ DEFAULTS = {
     "max_fusion_buffer_group_pairwise_attempts": 4,
 }
 
+# Of an update that is compiled once and called: the step's own program has checked its inputs.
+UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -126,7 +129,7 @@ def _outlined(
     graphs = {key: (to_graph(unit), [n.meta["val"] for n in unit.inputs]) for key, unit in first.items()}
     calls = call_units(step, units, check=check)
     main = _whole(step, inputs, settings, dry)
-    compiled = {}
+    compiled, settings = {}, {**UNCHECKED, **settings}
     for number, (key, (gm, fakes)) in enumerate(graphs.items(), 1):
         tell(f"repeated update {number} of {len(graphs)}")
         compiled[key] = _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)

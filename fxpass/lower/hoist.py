@@ -1,10 +1,9 @@
 """Compute an update's scalars once, not once per element; put scalars side by side in one call.
 
 Step sizes and bias corrections are 0-d tensors. Inductor inlines their
-computation, ``pow`` included, into the loop over the parameter's elements. A
-call that it cannot look into keeps them outside: on the CPU. Elsewhere, where a
-call would be a launch of its own, it is told to store them, and the kernels
-that do so for all parameters are joined.
+computation, ``pow`` included, into the loop over the parameter's elements,
+unless it is told to store them. On CUDA the kernels that do so for all
+parameters are joined.
 
 What a step notes per gradient (a magnitude, a sum of squares) it puts into vectors. On a CPU
 Inductor reads a hundred 0-d tensors by a dozen kernels of a dozen arguments, each a second
