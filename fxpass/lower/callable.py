@@ -133,16 +133,16 @@ def _outlined(
     for number, (key, (gm, fakes)) in enumerate(graphs.items(), 1):
         tell(f"repeated update {number} of {len(graphs)}")
         compiled[key] = _torch.compile_graph(gm, fakes, settings, range(len(fakes)), scratch, dry=dry)
-    runs = {
-        call.name: UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
-        for call, unit in zip(calls, units, strict=True)
-    }
+    runs: dict[str, list[UnitRun]] = {}
+    for call, unit in zip(calls, units, strict=True):
+        run = UnitRun(compiled[unit.key].program, _renamed(first[unit.key], unit))
+        runs.setdefault(call.name, []).append(run)
     position = {key: number for number, key in enumerate(compiled, 1)}
     return _lowered(facts, [main, *compiled.values()], [position[unit.key] for unit in units], runs)
 
 
 def _lowered(
-    facts: Facts, compiled: list[_torch.Compiled], calls: list[int], runs: Mapping[str, UnitRun]
+    facts: Facts, compiled: list[_torch.Compiled], calls: list[int], runs: Mapping[str, Sequence[UnitRun]]
 ) -> Lowered:
     with stage("profile"):
         memory = _or_missing(lambda: program_profile(facts, compiled[0].program, runs))

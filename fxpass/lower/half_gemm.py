@@ -32,12 +32,12 @@ _library.define("half_addmm(Tensor bias, Tensor a, Tensor b) -> Tensor", tags=_A
 
 def _blocked(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    block_size = max(BLOCK, (a.numel() + b.numel()) // 8)
-    rows = max(1, min(m, block_size // max(k, 1)))
-    if rows == m and n <= block_size // max(k, m, 1):  # one block: nothing to cut, and less to call
+    block_size = max(BLOCK, (m + n) * k // 8)
+    if max(m * k, k * n, m * n) <= block_size:  # one block: nothing to cut, and less to call
         block = torch.mm(a.float(), b.float())
-        return out.copy_(block if bias is None else block.add_(bias))
+        return (block if bias is None else block.add_(bias)).half()
+    out = torch.empty((m, n), dtype=a.dtype, device=a.device)
+    rows = max(1, min(m, block_size // max(k, 1)))
     for top in range(0, m, rows):
         left = a[top : top + rows].float()
         columns = max(1, min(n, block_size // max(k, left.shape[0], 1)))

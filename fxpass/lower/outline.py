@@ -28,17 +28,26 @@ from .hoist import hold_scalars
 aten = torch.ops.aten
 
 _library = torch.library.Library("fxpass", "FRAGMENT")
-_library.define("update(Tensor(a!)[] writes, Tensor[] reads, int number) -> ()")
+_library.define("update(Tensor(a!)[] writes, Tensor[] reads, int[] runs) -> ()")
 _running = threading.local()
+UPDATE = torch.ops.fxpass.update.default
 
 
-def _update(writes: list[Tensor], reads: list[Tensor], number: int) -> None:
-    """Run update ``number`` of the running step: by number, since the graph may be cached on disk."""
-    _running.units[-1][number]([*writes, *reads])
+def _update(writes: list[Tensor], reads: list[Tensor], runs: list[int]) -> None:
+    """Run updates of the running step: by number, since the graph may be cached on disk.
+
+    ``runs`` has three numbers for each: which it is, how many of ``writes`` and of ``reads`` are its own.
+    """
+    units, write, read = _running.units[-1], 0, 0
+    for at in range(0, len(runs), 3):
+        number, writing, reading = runs[at : at + 3]
+        units[number]([*writes[write : write + writing], *reads[read : read + reading]])
+        write += writing
+        read += reading
 
 
 _library.impl("update", _update, "CompositeExplicitAutograd")
-torch.library.register_fake("fxpass::update", lambda writes, reads, number: None, lib=_library)
+torch.library.register_fake("fxpass::update", lambda writes, reads, runs: None, lib=_library)
 
 
 @dataclass
@@ -161,7 +170,9 @@ def to_graph(unit: Unit) -> GraphModule:
 
 
 def call_units(step: StepGraph, units: list[Unit], *, check: bool = True) -> list[Node]:
-    """Replace the nodes of each unit by one call, where its first write stood; returns the calls.
+    """Replace the nodes of each unit by a call, where its first write stood; returns each unit's call.
+
+    Neighbours are one call, since each takes as long as the update of a small parameter.
 
     Raises:
         VerifyError: with ``check``, where something would read what a call has overwritten.
@@ -169,18 +180,42 @@ def call_units(step: StepGraph, units: list[Unit], *, check: bool = True) -> lis
     calls = []
     for number, unit in enumerate(units):
         with step.graph.inserting_before(unit.place):
-            call = step.graph.call_function(
-                torch.ops.fxpass.update.default, (unit.writes, unit.reads, number)
-            )
+            runs = [number, len(unit.writes), len(unit.reads)]
+            call = step.graph.call_function(UPDATE, (unit.writes, unit.reads, runs))
             call.meta.update(val=None, fxpass_phase=Phase.UPDATE)
             calls.append(call)
         for node in reversed(unit.nodes):
             if not node.users:
                 step.graph.erase_node(node)
     step.graph.eliminate_dead_code()
+    joined = _join_neighbours(step, calls)
     if check:
         check_hazards(step.graph, failure("outlining"))
-    return calls
+    return joined
+
+
+def _join_neighbours(step: StepGraph, calls: list[Node]) -> list[Node]:
+    """Make calls with nothing between them one; returns the call that each of ``calls`` is part of.
+
+    What they read is alive at the first of them anyway, and none allocates more than scalars.
+    """
+    lies = input_storages(step.graph)
+    part_of: dict[Node, Node] = {}
+    last: Node | None = None
+    for node in list(step.graph.nodes):
+        if node.target is not UPDATE:
+            last = None
+            continue
+        if last is not None:
+            both: list[Any] = [a + b for a, b in zip(last.args, node.args, strict=True)]
+            writes, reads = ({base for n in part for base in lies.get(n, {n})} for part in both[:2])
+            if writes.isdisjoint(reads) and len(set(both[0])) == len(both[0]):
+                last.args = tuple(both)
+                part_of[node] = last
+                step.graph.erase_node(node)
+                continue
+        part_of[node] = last = node
+    return [part_of[call] for call in calls]
 
 
 def with_units(main: Callable[..., Any], units: list[Callable[..., Any]]) -> Callable[..., Any]:

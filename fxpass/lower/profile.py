@@ -7,7 +7,7 @@ a buffer is a value of it, and from what the program does with the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -91,9 +91,9 @@ class UnitRun:
     names: Mapping[str, str]
 
 
-def program_profile(facts: Facts, main: Program, units: Mapping[str, UnitRun]) -> MemoryProfile:
+def program_profile(facts: Facts, main: Program, units: Mapping[str, Sequence[UnitRun]]) -> MemoryProfile:
     """The profile of ``main``; ``units`` are what its calls of updates run, by the name of the call."""
-    programs = (main, *(unit.program for unit in units.values()))
+    programs = (main, *(unit.program for runs in units.values() for unit in runs))
     if error := next((e for e in (facts.missing, *(p.error for p in programs)) if e), ""):
         return MemoryProfile((), (), facts.parameters, missing=error)
     replay = _Replay(facts, units)
@@ -114,7 +114,7 @@ class _Storage:
 class _Replay:
     """Runs programs on names instead of tensors."""
 
-    def __init__(self, facts: Facts, units: Mapping[str, UnitRun]) -> None:
+    def __init__(self, facts: Facts, units: Mapping[str, Sequence[UnitRun]]) -> None:
         self.facts, self.units = facts, units
         self.moments: list[Moment] = []
         self.storages: list[_Storage] = []
@@ -135,7 +135,8 @@ class _Replay:
             elif isinstance(line, Free):
                 self.drop(held.pop(line.name, []))
             elif line.node in self.units:  # what it reads is held here until the call is over
-                self.run(self.units[line.node].program, self.units[line.node].names)
+                for unit in self.units[line.node]:
+                    self.run(unit.program, unit.names)
             else:
                 self.launch(held, line, [*fresh, *line.results], names)
                 fresh = []

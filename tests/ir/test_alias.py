@@ -147,7 +147,7 @@ def test_a_read_after_the_write_is_a_hazard(view: Any, by_unit: bool) -> None:
     before = hand.call(view, x)
     hand.call(aten.sum.default, before)
     if by_unit:
-        hand.graph.call_function(torch.ops.fxpass.update.default, ([x], [new], 0)).meta["val"] = None
+        hand.graph.call_function(torch.ops.fxpass.update.default, ([x], [new], [0, 1, 1])).meta["val"] = None
     else:
         hand.write(x, new)
     late = hand.call(aten.sum.default, before)
