@@ -40,6 +40,8 @@ class half_product_scratch(sympy.Function):
 def _half_product(m: int, k: int, n: int, bias: bool) -> int:
     """The peak of the loops of ``_blocked`` in lower/half_gemm.py, with their allocations in their order."""
     size = max(BLOCK, (m * k + k * n) // 8)
+    if max(m * k, k * n, m * n) <= size:  # the result, 2 bytes an element, is made last
+        return max(4 * (m * k + k * n + m * n) - 2 * m * n, 4 * m * n)
     rows = max(1, min(m, size // max(k, 1)))
     left = block = peak = 0
     for top in range(0, m, rows):

@@ -25,6 +25,7 @@ from .activation_checkpoint import recompute_checkpoints
 from .casts import spell_out_casts
 from .effects import drop_tokens
 from .events import Event
+from .grouped import repeat_groups
 from .numbers import as_tensor, spell_out_numbers
 from .readings import read_afterwards
 from .regions import annotate_regions
@@ -91,6 +92,7 @@ def capture(
     _finish_outputs(graph, record, captured, by_name, keep_grads)
     captured.numbers = read_afterwards(graph)
     annotate_regions(graph)
+    repeat_groups(graph)
     spell_out_casts(graph)
     spell_out_renorm(graph)
     spell_out_numbers(graph)

@@ -29,7 +29,10 @@ class Run:
     processes: int = 1  # of pytest-xdist
 
 
-COUNTED = ("test_steps.py", "test_graphs.py", "test_inspect.py", "test_attention.py", "test_deterministic.py")
+COUNTED = (
+    *("test_steps.py", "test_graphs.py", "test_growth.py", "test_inspect.py"),
+    *("test_attention.py", "test_deterministic.py"),
+)
 RUNS = (
     # kernels are compiled for an H100 and counted
     Run("counted", COUNTED, processes=2),

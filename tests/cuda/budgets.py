@@ -27,6 +27,8 @@ class Case:
 CLIP = {"max_norm": 1.0}
 BF16 = {"dtype": "bfloat16"}
 
+GROWTH = 1.0  # launches a parameter, beyond forward and backward
+
 CASES = (
     Case("mlp", 24, CLIP),
     Case("mlp", 24, {**CLIP, **BF16}),

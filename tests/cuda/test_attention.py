@@ -113,3 +113,19 @@ def _constants(line: str) -> list[str]:
     """The numbers, truths and Nones among a call's arguments, as text."""
     arguments = line.split(".default", 1)[1].split("  # ")[0]
     return re.findall(r"(?<![\w%.])(?:\d+(?:\.\d+)?|None|True|False)(?![\w.])", arguments)
+
+
+class Shared(Attend):
+    """Four query heads share a key and a value."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q, k, v = x.unflatten(-1, (6, self.heads)).transpose(1, 2).split((4, 1, 1), 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **self.options)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", FLASH), ("float32", EFFICIENT)])
+def test_query_heads_that_share_keys(dtype: str, expected: str) -> None:
+    """In float32 torch takes such attention apart; here it stays whole, whatever the dtype."""
+    name, _ = kernels(Shared(is_causal=True), dtype=dtype, codegen="eager")
+    assert name == expected
