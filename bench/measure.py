@@ -166,7 +166,7 @@ def warm_compiler(device: torch.device) -> None:
 class DeviceWork:
     """What one call asks of a GPU."""
 
-    launches: int  # of kernels, those in a CUDA graph included
+    launches: int | None  # of kernels, those in a CUDA graph included; None where the profiler sees none
     graphs: int  # CUDA graphs launched
     waits: int  # of the host for the device
 
@@ -190,7 +190,7 @@ def device_work(call: Callable[[], object], device: torch.device) -> DeviceWork 
     events = recorded.events() or []
     work = [e.name for e in events if e.device_type is torch.autograd.DeviceType.CUDA]
     copies = sum(name.startswith("Memcpy") for name in work)
-    return DeviceWork(len(work) - copies, sum(e.name == "cudaGraphLaunch" for e in events), waits)
+    return DeviceWork(len(work) - copies or None, sum(e.name == "cudaGraphLaunch" for e in events), waits)
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
+import fxpass
+
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -132,14 +134,9 @@ def ours(model: nn.Module, recipe: Recipe, **chosen: Any) -> Contender:
         options["dtype"] = recipe.dtype
     if recipe.graphs:
         options["inductor"] = {"triton.cudagraphs": True}
-    step = torch.compile(train_step, backend="mixedprec", options=options)
-
-    def scale() -> float:
-        import fxpass  # not before: torch.compile finds the backend without it
-
-        return float(fxpass.of(step).scale)
-
-    return Contender(step, model, optimizer, compiled=True, scale=scale)
+    backend = fxpass.MixedPrecision(**options)
+    step = torch.compile(train_step, backend=backend)
+    return Contender(step, model, optimizer, compiled=True, scale=lambda: float(backend.scale))
 
 
 # What fxpass offers for memory. Without a global norm gradients need not wait for one another.

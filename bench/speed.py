@@ -175,7 +175,7 @@ def table(results: Sequence[Result]) -> study.Rows:
         base = speed.get(Row(row.params, row.dtype, BASELINE, row.graphs)) or speed.get(
             Row(row.params, row.dtype, BASELINE, False)
         )
-        work = ["-", "-"] if r.work is None else [str(r.work.launches), str(r.work.waits)]
+        work = ["-", "-"] if r.work is None else [str(r.work.launches or "-"), str(r.work.waits)]
         bytes_ = [f"{n / r.parameters:.2f}" for n in (r.kept_bytes, r.peak_bytes)]
         ratio = f"{r.tokens_per_s / base:.2f}x" if base else "-"
         speeds = [f"{r.tokens_per_s:,.0f}", ratio, f"{1e3 * r.step_s:.1f}"]
