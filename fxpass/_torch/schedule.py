@@ -41,8 +41,8 @@ from ..timing.clock import stage
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,
-# combos.py, stored.py change.
-FORMAT = "fxpass-program-8"
+# combos.py, stored.py, or what analysis/scratch.py says of a call change.
+FORMAT = "fxpass-program-9"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
 Scratch = Callable[[Node], sympy.Expr]
