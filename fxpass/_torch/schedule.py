@@ -41,7 +41,7 @@ from ..timing.clock import stage
 
 ATTRIBUTE = "_fxpass_program"  # where a compiled graph carries its program
 # Part of Inductor's cache key: raise it when Program changes, or what inductor.py, order.py, fusion.py,
-# combos.py, stored.py, or what analysis/scratch.py says of a call change.
+# combos.py, stored.py change, or what lower() is given as ``Scratch`` says of a call.
 FORMAT = "fxpass-program-9"
 NODE = "fxpass_node"  # key in a node's "custom" metadata: the step's node it was decomposed from
 
