@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp test test-cuda fuzz lint format docs dist bench programs clean
+.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp demo-sharded test test-cuda fuzz lint format docs dist bench programs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,6 +36,9 @@ demo-digits: .venv ## train a conv net with BatchNorm on scikit-learn's digits
 
 demo-ddp: .venv ## train a GPT on two processes, gradients averaged inside the step
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/ddp_gpt.py
+
+demo-sharded: .venv ## train a GPT of which each of two processes keeps half
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/sharded_gpt.py
 
 test: lint ## everything that CI checks: lint, then pytest on two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal

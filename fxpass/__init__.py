@@ -20,5 +20,6 @@ from .scaling import DynamicLossScale as DynamicLossScale
 from .scaling import HeadroomLossScale as HeadroomLossScale
 from .scaling import LossScale as LossScale
 from .scaling import StaticLossScale as StaticLossScale
+from .sharded import shard_ as shard_
 
 __version__ = "0.1.0"

@@ -143,6 +143,21 @@ class Options:
             hint = "drop one of them: gradients that are kept for the user cannot be released"
             raise OptionError("option release=True with grads='keep'", hint=hint)
 
+    def check_sharded(self) -> None:
+        """Raise for settings that a step with parameters of ``fxpass.shard_`` does not know."""
+        known = {
+            "skip": "step",
+            "release": False,
+            "grads": "drop",
+            "adaptive_clip": None,
+            "memory_budget": None,
+        }
+        for name, only in known.items():
+            if (value := getattr(self, name)) != only:
+                found = f"option {name}={value!r} with parameters of fxpass.shard_"
+                hint = f"leave it at {only!r}, or train with data_parallel=mesh in the place of fxpass.shard_"
+                raise OptionError(found, hint=hint)
+
     @property
     def group(self) -> Any:
         """The process group of ``data_parallel``, None without."""

@@ -8,6 +8,13 @@ from .aot import trace as trace
 from .combos import combo_settings as combo_settings
 from .cubins import Resources as Resources
 from .cubins import kernels_loaded as kernels_loaded
+from .dtensors import is_dtensor as is_dtensor
+from .dtensors import like as like
+from .dtensors import mesh_of as mesh_of
+from .dtensors import part_of as part_of
+from .dtensors import shard_module as shard_module
+from .dtensors import shard_of as shard_of
+from .dtensors import spread_alike as spread_alike
 from .dynamo import install as install
 from .dynamo_common import current_record as current_record
 from .dynamo_common import frame_name as frame_name
@@ -16,6 +23,7 @@ from .dynamo_hooks import global_module_hooks as global_module_hooks
 from .dynamo_optimizer import optimizer_step as optimizer_step
 from .fake import fake_tensors as fake_tensors
 from .fake import is_fake as is_fake
+from .fake import is_virtual as is_virtual
 from .frame_record import FrameRecord as FrameRecord
 from .frame_record import LeafGrad as LeafGrad
 from .frame_record import StepEvent as StepEvent

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from ..errors import FxpassError
 from ..ir.unbacked import Asker, asked_by
 from . import warm as warm_start
+from .dtensors import part_of, shard_of
 from .eager import running
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -93,12 +94,23 @@ def _without_onednn() -> Iterator[None]:
 
 
 def _as_traced(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[Any]:
-    """``inputs``, but the fake one for a parameter that the step itself lets require grad."""
+    """``inputs``, but the fake one for a parameter that the step itself lets require grad, or is a part."""
     placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
     for node, real in zip(placeholders, inputs, strict=False):
         fake = node.meta.get("example_value")
         both = isinstance(real, torch.Tensor) and isinstance(fake, torch.Tensor)
-        yield fake if both and fake.requires_grad and not real.requires_grad else real
+        if both and shard_of(real) is not None:
+            yield _part(real, fake)
+        else:
+            yield fake if both and fake.requires_grad and not real.requires_grad else real
+
+
+def _part(real: torch.Tensor, whole: Any) -> torch.Tensor:
+    """Fake, what this rank holds of a parameter."""
+    part = part_of(real)
+    with whole.fake_mode:
+        made = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device=part.device)
+    return made.requires_grad_(whole.requires_grad)
 
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -48,6 +48,7 @@ from . import (
     consumed,
     data_sizes,
     debugging,
+    dtensors,
     dynamo_hooks,
     forks,
     indexing,
@@ -103,6 +104,7 @@ _HOOKS = (
     *consumed.HOOKS,
     *replicas.HOOKS,
     *sdpa.HOOKS,
+    *dtensors.HOOKS,
 )
 
 # a frame, and what it calls, as plain Python; a backward in it raises: see eager.py

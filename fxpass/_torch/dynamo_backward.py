@@ -20,7 +20,7 @@ from .dynamo_common import call, fail, is_none, no_grad, record_of_frame, store_
 from .dynamo_hooks import after_accumulation, has_hooks, hooked_gradient
 from .frame_record import LeafGrad
 from .gradient_calls import behind
-from .replicas import averaged, replica_of
+from .replicas import averaged, refuse_parts, replica_of
 
 
 def _leaves(self: Any, tx: Any, inputs: Any) -> list[Any]:
@@ -69,6 +69,7 @@ def backward(
                 continue
             record.reached = True
             name, replica = leaf.as_proxy().node.name, replica_of(leaf)
+            refuse_parts(leaf, again)
             # as stored in low precision, where nothing comes between autograd and the reduction
             early = replica is not None and replica.syncs and name not in record.owed and not has_hooks(leaf)
             if replica is not None and again:

@@ -19,6 +19,7 @@ from torch._dynamo.variables.constant import ConstantVariable
 from ..errors import CaptureError, OptimizerError
 from ..ir.marks import MARK, READ
 from ..ir.slots import Slot
+from .dtensors import is_replaced
 from .dynamo_common import (
     VariableTracker,
     call,
@@ -101,6 +102,12 @@ def _params(self: Any, tx: Any) -> Iterator[tuple[Slot, torch.Tensor, Any]]:
         for p, param in enumerate(group["params"]):
             if torch.nn.parameter.is_lazy(param):
                 continue  # no tensor yet: the model makes one of it when it is called
+            if is_replaced(param):
+                hint = "call fxpass.shard_(model, mesh) first, and make the optimizer of what it leaves"
+                found = (
+                    f"{type(self.value).__name__} was made before fxpass.shard_ and holds parameters of then"
+                )
+                raise fail(OptimizerError(found, where=user_line(), hint=hint))
             # realized: side effects are kept by variable, and a lazy one is another object
             variable = VariableTracker.build(tx, param, GetItemSource(params, p)).realize()
             record_of_frame().real[input_proxy(variable).node.name] = param

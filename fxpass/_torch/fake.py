@@ -24,6 +24,11 @@ def is_fake(value: Any) -> bool:
     return issubclass(type(value), FakeTensor)  # isinstance would wake torch's lazy modules
 
 
+def is_virtual(value: torch.Tensor) -> bool:
+    """Whether a tensor has no values: a fake one, or one of the meta device."""
+    return value.is_meta or is_fake(value)
+
+
 def _applier() -> Callable[..., nn.Module]:
     """``nn.Module._apply``, behind ``to``, ``half``, ``cuda``, for fake parameters.
 

@@ -24,12 +24,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import CaptureError
 from ..ir.marks import AVERAGE
+from .dtensors import is_dtensor, shard_of
 from .dynamo_common import call, fail, no_grad, record_of_frame, user_line
+from .dynamo_hooks import has_hooks
 
 _ops: Any = torch.ops._c10d_functional
 _REFUSED = ("FullyShardedDataParallel", "FSDPModule")
 _HINT = "wrap it in DistributedDataParallel, or in nothing and all-reduce p.grad before optimizer.step()"
-
+_INSTEAD = "leave that wrapper out and call fxpass.shard_(model, mesh) before the optimizer is made"
 
 _agreed: Counter[str] = Counter()  # plans compared so far, by process group
 
@@ -55,7 +57,7 @@ def call_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             isinstance(module, DataParallel)
         ):
             found = f"{name or 'DataParallel'} inside the step: it communicates where no trace sees it"
-            raise fail(CaptureError(found, where=user_line(), hint=_HINT))
+            raise fail(CaptureError(found, where=user_line(), hint=_INSTEAD if name else _HINT))
         return original(self, tx, args, kwargs)
 
     return call_function
@@ -111,13 +113,32 @@ def replica_of(leaf: Any) -> Replica | None:
     argument, record = leaf.as_proxy().node.meta.get("grapharg"), record_of_frame()
     if argument is None:
         return None
-    if type(argument.example).__name__ == "DTensor":
-        found = "a parameter that is a DTensor, sharded over several ranks"
+    if (shard := shard_of(argument.example)) is not None:  # of a part, the gather's derivative is the mean
+        return Replica(shard.group, shard.ranks) if shard.whole else None
+    if is_dtensor(argument.example):
+        found = "a parameter that is a DTensor, but not of fxpass.shard_"
         raise fail(CaptureError(found, where=user_line(), hint=_HINT))
     group = record.backend.group
     if group is not None and isinstance(argument.example, nn.Parameter):
         return record.replicated.setdefault(id(argument.example), Replica(group.group_name, group.size()))
     return record.replicated.get(id(argument.example))
+
+
+def refuse_parts(leaf: Any, again: bool) -> None:
+    """Raise for what needs this rank's gradient of a sharded parameter, before it is the mean of all."""
+    argument = leaf.as_proxy().node.meta.get("grapharg")
+    if argument is None or shard_of(argument.example) is None:
+        return
+    if has_hooks(leaf):
+        hint = (
+            "edit parameter.grad between backward() and optimizer.step(): it is the mean over the ranks there"
+        )
+        found = "a hook on a parameter of fxpass.shard_, whose gradient is averaged as it leaves backward"
+        raise fail(CaptureError(found, where=user_line(), hint=hint))
+    if again:
+        hint = "leave create_graph out, or use data_parallel=mesh in the place of fxpass.shard_"
+        found = "backward(create_graph=True) by a parameter of fxpass.shard_"
+        raise fail(CaptureError(found, where=user_line(), hint=hint))
 
 
 def averaged(tx: Any, grad: Any, replica: Replica, backward: int, name: str) -> Any:

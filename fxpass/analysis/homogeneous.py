@@ -55,7 +55,7 @@ _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _f
 _conj resolve_conj complex view_as_complex view_as_real real imag conj_physical resolve_neg _conj_physical
 unsafe_split unsafe_chunk broadcast_tensors fill slice_inverse diag_embed copy
 all_reduce broadcast all_gather_into_tensor reduce_scatter_tensor all_to_all_single wait_tensor
-average
+average gather_rows average_rows
 """
 
 _FREE = """

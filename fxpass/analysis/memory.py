@@ -339,6 +339,8 @@ def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, index: in
 
 
 def parameter_count(step: StepGraph) -> int:
-    """Phi: elements of the parameters that the step's optimizers update."""
-    weights = [n.meta["val"] for n, role in step.roles.items() if role is Role.PARAMETER]
-    return sum(int(w.numel()) for w in weights)
+    """Phi: elements of the parameters that the step's optimizers update, on all ranks together."""
+    weights = [n for n, role in step.roles.items() if role is Role.PARAMETER]
+    parts = {n: shard for n in weights if (shard := step.part(n)) is not None}
+    sizes = {n: int(n.meta["val"].numel()) for n in weights}
+    return sum(size // parts[n].own * parts[n].rows if n in parts else size for n, size in sizes.items())

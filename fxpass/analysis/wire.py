@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
+from torch import Tensor
+from torch.fx import Node
 
 from ..ir.graph import Phase, StepGraph, phase, tensor
 from .cost import flops
@@ -19,7 +21,9 @@ _WAIT = "wait_tensor"
 _SENT: Mapping[str, sympy.Expr] = {
     "all_reduce": 2 * (RANKS - 1) / RANKS,
     "reduce_scatter_tensor": RANKS - 1,
+    "reduce_scatter_tensor_coalesced": RANKS - 1,
     "all_gather_into_tensor": (RANKS - 1) / RANKS,
+    "all_gather_into_tensor_coalesced": (RANKS - 1) / RANKS,
     "all_to_all_single": (RANKS - 1) / RANKS,
     "broadcast": sympy.Integer(1),
 }
@@ -49,16 +53,18 @@ def transfers(step: StepGraph, ranks: int) -> tuple[Transfer, ...]:
     for node, start in at.items():
         if getattr(node.target, "namespace", "") != "_c10d_functional" or op_name(node.target) == _WAIT:
             continue
-        waits = [at[user] for user in node.users if op_name(user.target) == _WAIT]
+        parts = _results(node)
+        waits = [at[user] for part in parts for user in part.users if op_name(user.target) == _WAIT]
         during = range(start, min(waits, default=start))
-        sent = _SENT.get(op_name(node.target), sympy.Integer(1)) * nbytes(node)
+        size = sum(map(nbytes, parts))
+        sent = _SENT.get(op_name(node.target), sympy.Integer(1)) * size
         found.append(
             Transfer(
                 node.name,
                 op_name(node.target),
                 phase(node).value,
-                str(tensor(node).dtype).removeprefix("torch."),
-                nbytes(node),
+                str(tensor(parts[0]).dtype).removeprefix("torch."),
+                size,
                 str(sympy.factor(sent)),
                 int(sent.subs(RANKS, ranks)),
                 sum(index in during for index in products),
@@ -66,3 +72,8 @@ def transfers(step: StepGraph, ranks: int) -> tuple[Transfer, ...]:
             )
         )
     return tuple(found)
+
+
+def _results(node: Node) -> list[Node]:
+    """What a collective gives: itself, or each result of one for several tensors."""
+    return [node] if isinstance(node.meta.get("val"), Tensor) else list(node.users)

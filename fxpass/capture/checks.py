@@ -16,6 +16,7 @@ from .. import _torch
 from ..errors import CaptureError, OptimizerError
 from ..ir.graph import Read
 from ..ir.provenance import innermost
+from ..ir.shards import Shard
 from ..ir.slots import Slot
 from . import gradients
 from .breaks import Break
@@ -79,6 +80,29 @@ def check_frame(gm: GraphModule, record: Any, last_break: Break | None) -> None:
     if escaping:
         hint = "detach it before it leaves the step"
         found = f"output {escaping[0]} requires grad, but no backward() of the step went through it"
+        raise CaptureError(found, where=record.backwards[-1], hint=hint)
+
+
+def check_all_sharded(
+    record: Any, events: Sequence[Event], shards: Mapping[str, Shard], names: Mapping[str, str]
+) -> None:
+    """Raise unless all ranks learn the same of every gradient of a step that has sharded parameters."""
+    if len({(shard.group, shard.ranks) for shard in shards.values()}) > 1:
+        hint = "shard them by one mesh, or train each in a step of its own"
+        found = "models of one step are sharded over different ranks"
+        raise CaptureError(found, where=next(iter(record.backwards), ""), hint=hint)
+    for event in events:
+        for slot, node in event.params.items():
+            if node not in shards and id(slot.read(event.optimizer())) not in record.replicated:
+                hint = "give the model that holds it to fxpass.shard_ too, or set data_parallel=mesh"
+                found = (
+                    f"{slot.name} is not sharded, and others of the step are: each rank would train its own"
+                )
+                raise CaptureError(found, where=event.where, hint=hint)
+    if leaf := next((leaf for leaf in record.escaping if leaf in shards), None):
+        hint = "give it to an optimizer of the step, set requires_grad=False, or call model.zero_grad() after"
+        name = names.get(leaf, leaf)
+        found = f"the gradient of {name}, which is sharded, is left in .grad: no optimizer of the step has it"
         raise CaptureError(found, where=record.backwards[-1], hint=hint)
 
 

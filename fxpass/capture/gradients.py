@@ -160,6 +160,16 @@ def differentiated(graph: Graph) -> set[Node]:
     return found
 
 
+def is_gradient_call(node: Node) -> bool:
+    """Whether a node of Dynamo's graph takes gradients."""
+    return node.op == "call_function" and node.target in _torch.GRADIENT_CALLS
+
+
+def inputs_of(call: Node) -> list[Node]:
+    """What a gradient call differentiates by."""
+    return _nodes(_torch.gradient_arguments(call)["inputs"])
+
+
 def is_backward(call: Node) -> bool:
     """Whether a gradient call stands for ``backward()``: its seed has a mark."""
     seed = call.kwargs.get("grad_outputs")

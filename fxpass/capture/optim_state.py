@@ -53,6 +53,11 @@ def create_state(optimizer: Optimizer, slots: Iterable[Slot], where: str) -> Cal
     or empty where the first gradient makes it.
     """
     params = [(slot, slot.read(optimizer)) for slot in slots]
+    if not is_torchs(optimizer) and any(_torch.shard_of(param) is not None for _, param in params):
+        name = type(optimizer).__name__
+        found = f"{name} is none of torch's, and its step would see some rows of each parameter"
+        hint = "use one of torch.optim, or data_parallel=mesh in the place of fxpass.shard_"
+        raise OptimizerError(found, where=where, hint=hint)
     before = {p: dict(optimizer.state[p]) for _, p in params if p in optimizer.state}
 
     def undo() -> None:
@@ -65,8 +70,12 @@ def create_state(optimizer: Optimizer, slots: Iterable[Slot], where: str) -> Cal
     try:
         for slot, param in params:
             state = dict(before.get(param, {}))
+            for key, value in state.items():
+                _check_part(slot.state(key), value, param, where)
             if not state or any(value is None for value in state.values()):
-                state = {**create(optimizer, slot, where), **_present(state)}
+                made = create(optimizer, slot, where)
+                _check_made(optimizer, made, param, where)
+                state = {**made, **_present(state)}
             if state:
                 optimizer.state[param] = {k: as_tensor(v, param.device) for k, v in state.items()}
     except BaseException:
@@ -94,13 +103,45 @@ def fit_state(
     device = optimizer.param_groups[0]["params"][0].device
     for slot, form in forms.items():
         value = slot.read(optimizer)
-        device = device if slot.position is None else slot.owner.read(optimizer).device
-        if not isinstance(value, Tensor) or value.shape != form.shape:
+        param = slot.owner.read(optimizer) if slot.position is not None else None
+        _check_part(slot, value, param, where)
+        device = device if param is None else param.device
+        part = _torch.part_of(value)
+        if not isinstance(part, Tensor) or part.shape != form.shape:
             found = f"{slot.path} is {_short(value)}"
             hint = f"load state of the shape the step was compiled for, {tuple(form.shape)}"
             raise OptimizerError(found, where=where, hint=hint)
-        if value.dtype != form.dtype or value.stride() != form.stride() or value.device != device:
-            slot.write(optimizer, torch.empty_like(form, device=device).copy_(value))
+        if part.dtype != form.dtype or part.stride() != form.stride() or part.device != device:
+            new = torch.empty_like(form, device=device).copy_(part)
+            slot.write(optimizer, new if part is value else _torch.like(new, value))
+
+
+def _is_part(value: Any, param: Any) -> bool:
+    """Whether a state is spread over the ranks as its parameter is, or is a single number."""
+    if not isinstance(value, Tensor) or _torch.shard_of(param) is None or not value.ndim:
+        return True
+    return _torch.spread_alike(value, param)
+
+
+def _check_made(optimizer: Optimizer, made: Mapping[str, Any], param: Any, where: str) -> None:
+    """Raise unless each rank can keep its rows of the state that an optimizer makes."""
+    for key, value in made.items():
+        if not _is_part(value, param):
+            found = f"{type(optimizer).__name__} keeps state[{key!r}], {_short(value)}, for a parameter "
+            found += f"of shape {tuple(param.shape)} of which each rank has some rows"
+            hint = "use torch.optim.AdamW, or data_parallel=mesh in the place of fxpass.shard_"
+            raise OptimizerError(found, where=where, hint=hint)
+
+
+def _check_part(slot: Slot, value: Any, param: Any, where: str) -> None:
+    """Raise unless state that somebody has put there is this rank's rows."""
+    if not _is_part(value, param):
+        found = f"{slot.path} is {_short(value)}, not spread over the ranks as its parameter is"
+        hint = (
+            "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
+            "with full_state_dict=True for the state of one device"
+        )
+        raise OptimizerError(found, where=where, hint=hint)
 
 
 def state_of(
@@ -111,7 +152,7 @@ def state_of(
     Each with its form: dtype, shape and strides, without its values.
     """
     found = {
-        slot.state(key): value.detach().to("meta")
+        slot.state(key): _torch.part_of(value).detach().to("meta")
         for slot in params
         for key, value in optimizer.state.get(slot.read(optimizer), {}).items()
         if isinstance(value, Tensor)
@@ -133,7 +174,9 @@ def _present(state: dict[str, Any]) -> dict[str, Any]:
 def _initial_state_of_torch(optimizer: Optimizer, slot: Slot, where: str) -> dict[str, Any]:
     init_group = _torch.init_group(optimizer)
     proxy = slot.read(optimizer).detach()
-    proxy.grad = torch.zeros((), dtype=proxy.dtype, device=proxy.device).expand(proxy.shape)
+    part = _torch.part_of(proxy)
+    grad = torch.zeros((), dtype=proxy.dtype, device=proxy.device).expand(part.shape)
+    proxy.grad = grad if part is proxy else _torch.like(grad, proxy)
     settings = {**slot.of_group(optimizer.param_groups), "params": [proxy]}
     other = stand_in(optimizer, [settings], defaultdict(dict))
     lists = [[] for name in inspect.signature(init_group).parameters if name not in ("self", "group")]

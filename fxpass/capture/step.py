@@ -19,6 +19,7 @@ from .. import _torch
 from ..errors import CaptureError
 from ..ir.graph import Gradient, Read, Role, StepGraph, Update
 from ..ir.marks import GRAD, READ, TEXT, UPDATE
+from ..ir.shards import Shard
 from ..ir.slots import Slot
 from . import gradients, optim, optim_state, phases
 from .activation_checkpoint import recompute_checkpoints
@@ -27,6 +28,7 @@ from .effects import drop_tokens
 from .events import Event
 from .grouped import repeat_groups
 from .numbers import as_tensor, spell_out_numbers
+from .parts import split
 from .readings import read_afterwards
 from .regions import annotate_regions
 from .renorm import spell_out_renorm
@@ -51,6 +53,7 @@ class Captured:
     numbers: set[int] = field(default_factory=set)  # outputs that the caller gets as Python numbers
     in_place: set[str] = field(default_factory=set)  # placeholders of parameters whose .grad stays
     data: list[str] = field(default_factory=list)  # placeholders of what the function was called with
+    shards: dict[Node, Shard] = field(default_factory=dict)  # placeholders of which this rank holds a part
 
 
 def capture(
@@ -58,12 +61,15 @@ def capture(
     record: _torch.FrameRecord,
     events: list[Event],
     scaler_fields: Sequence[str],
+    shards: Mapping[str, Shard],
+    names: Mapping[str, str],
     *,
     keep_grads: bool,
 ) -> Captured:
     """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it.
 
     ``scaler_fields`` become inputs after Dynamo's, and after them ``Event.inputs`` of every event.
+    ``shards``: inputs of which this rank holds a part; ``names``: the user's, by Dynamo input.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -76,6 +82,8 @@ def capture(
     by_name = {old.name: new for old, new in copies.items()}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     captured = Captured(new_gm, events, list(record.leaf_grads), placeholders)
+    captured.shards = {by_name[name]: shard for name, shard in shards.items()}
+    split(graph, captured.shards, names)
     inputs = _ExtraInputs(graph, placeholders)
     captured.scaler = {name: inputs.add() for name in scaler_fields}
     phases.declare(graph, gradients.differentiated(graph))
@@ -217,6 +225,7 @@ def to_step(captured: Captured, gm: GraphModule, names: Mapping[str, str]) -> St
         step.roles[ours[old]] = Role.LR if slot in settings else _role(slot)
         step.names[ours[old]] = str(slot)
         step.slots[slot] = ours[old]
+    step.shards = {ours[old]: shard for old, shard in captured.shards.items()}
     _read_marks(step, captured, by_name)
     step.handed_over = [(i, by_name[old] if old else None) for i, old in captured.handed_over]
     phases.set_phases(step, {by_name[name] for name in captured.data})

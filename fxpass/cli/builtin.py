@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import shard_
 from ..hallway.dry_run import Call
 
 
@@ -78,7 +81,12 @@ class LSTM(nn.Module):
         return F.cross_entropy(self.head(hidden).float().flatten(0, 1), y.flatten())
 
 
+SPREAD: ContextVar[Any] = ContextVar("spread", default=None)  # ranks over which the rows of models are spread
+
+
 def _step(model: nn.Module, x: Tensor, y: Tensor) -> Call:
+    if SPREAD.get() is not None:
+        shard_(model, SPREAD.get())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
     def step(x: Tensor, y: Tensor) -> Tensor:

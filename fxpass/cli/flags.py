@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..hallway.dry_run import LARGE, fake_ranks
 from ..options import _RULES, Options
 from ..report.memory import AUTO, GRAPH, NOTES, PROGRAM
+from .builtin import SPREAD
 from .usage import UsageProblem
 
 Command = Callable[..., Any]
@@ -129,17 +130,25 @@ def capture_options(command: Command) -> Command:
 
 
 def across_ranks(command: Command) -> Command:
-    """``--ranks``: option ``data_parallel`` over that many ranks, which need not be there."""
+    """``--ranks``: option ``data_parallel`` over that many ranks, which need not be there; ``--sharded``."""
 
     @functools.wraps(command)
-    def with_ranks(options: dict[str, Any], ranks: int | None, **kwargs: Any) -> Any:
+    def with_ranks(options: dict[str, Any], ranks: int | None, sharded: bool, **kwargs: Any) -> Any:
+        if ranks is None and sharded:
+            raise UsageProblem("--sharded without --ranks", "say over how many: --ranks 8 --sharded")
         if ranks is None:
             return command(options=options, **kwargs)
         with fake_ranks(ranks) as group:
-            return command(options={**options, GROUP: group}, **kwargs)
+            token = SPREAD.set(group if sharded else None)
+            try:
+                return command(options={**options, GROUP: group}, **kwargs)
+            finally:
+                SPREAD.reset(token)
 
     text = "average gradients over N ranks, as option data_parallel does; no other process is needed"
-    return click.option("--ranks", type=click.IntRange(2), metavar="N", help=text)(with_ranks)
+    with_ranks = click.option("--ranks", type=click.IntRange(2), metavar="N", help=text)(with_ranks)
+    text = "spread a built-in step's weights over the ranks, as fxpass.shard_ does"
+    return click.option("--sharded", is_flag=True, help=text)(with_ranks)
 
 
 def memory_of(command: Command) -> Command:

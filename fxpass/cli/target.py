@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hallway.dry_run import Call
-from .builtin import BUILTINS
+from .builtin import BUILTINS, SPREAD
 from .usage import UsageProblem
 
 WANTED = "a function that takes nothing and returns (step, args) or (step, args, kwargs)"
@@ -35,6 +35,9 @@ def load(text: str) -> Target:
     """
     if text in BUILTINS:
         return Target(text, BUILTINS[text])
+    if SPREAD.get() is not None:
+        hint = "call fxpass.shard_(model, torch.distributed.group.WORLD) in it, before the optimizer is made"
+        raise UsageProblem(f"--sharded is for built-in steps, and {text!r} is none", hint)
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
         near = difflib.get_close_matches(text, BUILTINS, n=1)

@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from .. import _torch
 from .._torch import Resources
 from .._torch import fake_ranks as fake_ranks
-from ..analysis.memory import MemoryProfile, graph_profile
+from ..analysis.memory import MemoryProfile, graph_profile, parameter_count
 from ..analysis.view import GraphView, view
 from ..analysis.wire import Transfer, transfers
 from ..backend import MixedPrecision
 from ..errors import CaptureError
-from ..ir.graph import Role, StepGraph, tensor
+from ..ir.graph import Role, StepGraph
 from ..lower.callable import lower, profile_only
 from ..options import Options
 from .dry_run_hooks import DryRunHooks, running_dry
@@ -58,9 +58,8 @@ class DryRun:
 
     @property
     def parameters(self) -> int:
-        """Elements of the parameters that the step updates."""
-        sizes = [tensor(n).numel() for n, role in self.step.roles.items() if role is Role.PARAMETER]
-        return int(sum(sizes))
+        """Elements of the parameters that the step updates, on all ranks together."""
+        return parameter_count(self.step)
 
     @property
     def final(self) -> GraphView:
@@ -132,11 +131,12 @@ def _attempt(
 
     backend = MixedPrecision(**{**options, "progress": False})  # the command line says what it does
     profile, profiled, compiled = _profiler(of, notes, kernels)
-    ranks = backend.group.size() if backend.group is not None else 1
     sent: list[Transfer] = []
+    ranks = [backend.group.size() if backend.group is not None else 1]
 
     def before_scheduling(step: StepGraph, *rest: Any) -> MemoryProfile:
-        sent[:] = transfers(step, ranks)
+        ranks[:] = [max([shard.ranks for shard in step.shards.values()], default=ranks[0])]
+        sent[:] = transfers(step, ranks[0])
         return profile(step, *rest)
 
     with running_dry(DryRunHooks(after_each, before_scheduling)):
@@ -148,7 +148,7 @@ def _attempt(
     device = _device(graphs[0])
     record = backend.graphs[-1]
     of = profiled[-1]
-    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks, tuple(sent), compiled)
+    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks[0], tuple(sent), compiled)
 
 
 def _profiler(

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
+from ..analysis.elementwise import check_by_element
 from ..analysis.modules import check_patterns
 from ..capture import assumptions, checks, counters, optim_state
 from ..capture.breaks import Break, given_up
@@ -24,6 +25,7 @@ from ..capture.events import Event, events_of
 from ..capture.step import capture, to_step
 from ..errors import CaptureError
 from ..ir.graph import StepGraph
+from ..ir.shards import Shard
 from ..ir.slots import Slot
 from ..ir.text import to_text
 from ..lower.callable import lower
@@ -124,7 +126,7 @@ def _share_weights(state: StepState, events: Sequence[Event]) -> None:
     """Start from equal weights on the ranks of option data_parallel; once, for each parameter."""
     if state.group is not None:
         weights = [slot.read(event.optimizer()) for event in events for slot in event.params]
-        new = [weight for weight in weights if weight not in state.replicated]
+        new = [w for w in weights if w not in state.replicated and _torch.shard_of(w) is None]
         _torch.share_first(new, state.group)
         state.replicated.update((weight, True) for weight in new)
 
@@ -155,7 +157,13 @@ class _Compilation:
         device = checks.device_of([e.optimizer() for e in events], self.inputs)
         keep_grads = self.options.grads == "keep"
         fields = fields_of(scaler) if events else []
-        self.captured = capture(self.gm, self.record, events, fields, keep_grads=keep_grads)
+        shards = _shards(self.gm, self.inputs)
+        if shards:
+            self.options.check_sharded()
+            checks.check_all_sharded(self.record, events, shards, self.names)
+        self.captured = capture(
+            self.gm, self.record, events, fields, shards, self.names, keep_grads=keep_grads
+        )
         self.watch = Watch.make(len(self.captured.gradients), device) if events else None
         extras = Extras(scaler, self.watch, device)
         extras.bindings = [_binding(event) for event in events]
@@ -180,6 +188,7 @@ class _Compilation:
             self._dropped() if self.options.grads == "drop" else [],
             self.state.reporter,
             checks.module_hooks_stay(self.record),
+            [i for i, node in enumerate(self.captured.inputs) if node in self.captured.shards],
         )
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -187,6 +196,7 @@ class _Compilation:
         self.found = None
         step = to_step(self.captured, gm, self.names)
         checks.check_reads(self.events, step.reads)
+        check_by_element(step, [(type(e.optimizer()).__name__, e.where) for e in self.events])
         check_patterns(step, self.options.keep_fp32)
         before = to_text(step)
         look = dry_run_hooks()
@@ -217,7 +227,7 @@ class _Compilation:
 
     def _warm(self, extras: list[Any]) -> tuple[_torch.Warm | None, str]:
         """How the step is looked up in the cache on disk, or None; and what became of it so far."""
-        if self.record.replicas:
+        if self.record.replicas or self.captured.shards:
             return None, "ranks agree on each compilation"
         return keep.warm(
             self.options, self.mode, self.captured, self.names, [*self.inputs, *extras], self._restore
@@ -265,7 +275,7 @@ class _Compilation:
             if differs := _torch.agree(buckets, group):
                 found = f"the ranks would train different steps: {differs}"
                 hint = "let every rank run the same step: the same parameters used, the same options"
-                raise CaptureError(found, where=self.record.backwards[0], hint=hint)
+                raise CaptureError(found, where=next(iter(self.record.backwards), ""), hint=hint)
         self.state.plans.append(plan)
 
     def _describe(self, columns: Sequence[keep.KeptColumn]) -> None:
@@ -289,6 +299,13 @@ class _Compilation:
         """Parameters whose gradient does not outlive the step: all but those whose tensor the user keeps."""
         params = (item for event in self.events for item in event.all_params.items())
         return [slot for slot, node in params if node not in self.captured.in_place]
+
+
+def _shards(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Shard]:
+    """The inputs that are parameters of ``fxpass.shard_``, by name in Dynamo's graph."""
+    placeholders = (node.name for node in gm.graph.nodes if node.op == "placeholder")
+    found = {name: _torch.shard_of(value) for name, value in zip(placeholders, inputs, strict=True)}
+    return {name: shard for name, shard in found.items() if shard is not None}
 
 
 def _binding(event: Event) -> OptimizerBinding:

@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .marks import MARK, SEED
+from .shards import Shard
 from .slots import Slot
 
 aten = torch.ops.aten
@@ -101,6 +102,7 @@ class StepGraph:
     backwards_before: list[int] = field(default_factory=list)  # backward() calls before optimizer event i
     # outputs that are gradients left in .grad for others, each with the .grad it adds to, if there was one
     handed_over: list[tuple[int, Node | None]] = field(default_factory=list)
+    shards: dict[Node, Shard] = field(default_factory=dict)  # inputs that are parameters spread over ranks
     outputs: int = 0  # how many outputs are the user's; kept gradients follow them
     # by type, what passes have left for later ones (passes/results.py)
     results: dict[type[Any], Any] = field(default_factory=dict)
@@ -112,6 +114,11 @@ class StepGraph:
     @property
     def graph(self) -> torch.fx.Graph:
         return self.gm.graph
+
+    def part(self, of: Slot | Node | None) -> Shard | None:
+        """How an input, or that of a slot, is spread over ranks that hold different rows; None: it is not."""
+        shard = self.shards.get(self.slots[of] if isinstance(of, Slot) else of) if of is not None else None
+        return None if shard is None or shard.whole else shard
 
     @property
     def trains(self) -> bool:

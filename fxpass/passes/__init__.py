@@ -22,6 +22,7 @@ from .recompute import Recompute
 from .release import Release
 from .scale_loss import ScaleLoss
 from .second_backward import SecondBackward
+from .shard import Shard
 from .skip import Skip
 from .unscale import Unscale
 from .unscale_nonlinear import UnscaleNonlinear
@@ -40,6 +41,13 @@ def passes_for(options: Options) -> tuple[GraphPass, ...]:
         Embedding(),  # gradients of tables by rows
         # gradients: their mean over the ranks
         DataParallel(bucket_mb=options.bucket_mb, reduce_dtype=options.sum_dtype),
+        # weights gathered, gradients reduced to this rank's rows
+        Shard(
+            dtype=dtype,
+            keep_fp32=options.keep_fp32,
+            bucket_mb=options.bucket_mb,
+            reduce_dtype=options.sum_dtype,
+        ),
         Unscale(),  # gradients * 1/scale, in float32
         CheckFinite(),  # one verdict over the gradients as stored
         GradNorm(norm_type=norm_type),  # the reported norm, before clipping

@@ -31,6 +31,7 @@ from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, origin, phase, source, tensor
 from ..ir.marks import AVERAGE, GRAD, MARK, SEED
+from ..ir.shards import AVERAGE_ROWS, GATHER_ROWS
 from .graph_pass import GraphPass
 from .results import ScaledSeeds
 
@@ -40,6 +41,7 @@ Caster = Callable[[Node, Node, torch.dtype, str], Node]
 MASKS = ("attn_mask", "attn_bias")
 # Of the norms' backwards: where the weight stands among the arguments, and where its shape does.
 WEIGHT_OF = {"native_layer_norm_backward": (5, 2), "native_group_norm_backward": (4, 6)}
+_MEANS = (AVERAGE, AVERAGE_ROWS)
 MASKED = -1  # where the memo has a segment for weights
 
 
@@ -99,7 +101,7 @@ class _Caster:
         found = {n for n, role in self.step.roles.items() if role in (Role.PARAMETER, Role.INPUT)}
         for node in list(self.step.nodes()):
             if node.args and node.args[0] in found and not _drop_if_idle(node, self.edit):
-                if op_name(node.target) in VIEWS or is_cast(node, self.low):
+                if op_name(node.target) in VIEWS or is_cast(node, self.low) or node.target is GATHER_ROWS:
                     found.add(node)
         return found
 
@@ -119,7 +121,7 @@ class _Caster:
             self._replace(node, source(node, 1), tensor(source(node)).dtype, "stored value")
         elif node.target is MARK and node.args[1] in (SEED, GRAD):
             self._visit_mark(node)
-        elif node.target is AVERAGE and phase(node) is Phase.BACKWARD:
+        elif node.target in _MEANS and phase(node) is Phase.BACKWARD:
             self._store(node)  # it is sent as it is stored
         elif (colour := self._colour(self._read_unscaled(node))) is None:
             self._cast_args(node, lambda n, _: self._own(n), "runs as in the uncompiled step")
@@ -153,7 +155,7 @@ class _Caster:
         if node.args[1] == SEED and grad in self.scaled and is_cast(grad, torch.float16):
             self.edit.set_arg(node, 0, self.scaled[grad])  # the product overflows in the user's float16
             return
-        if node.args[1] == GRAD and grad.target is not AVERAGE:
+        if node.args[1] == GRAD and grad.target not in _MEANS:
             self._store(node)
 
     def _store(self, node: Node) -> None:
@@ -363,7 +365,8 @@ class _Caster:
         gradient in two shapes: one cast is enough.
         """
         shared = value in self.weights or dtype == self.low
-        return shared and keeps_elements(value) and is_float(value.args[0])
+        passes = keeps_elements(value) or (value.target is GATHER_ROWS and value in self.weights)
+        return shared and passes and is_float(value.args[0])  # half of the bytes are sent
 
     def _refresh(self, node: Node) -> None:
         try:

@@ -12,8 +12,9 @@ from torch.fx import Node
 from ..analysis.updates import gradients_before, gradients_behind
 from ..ir.alias import is_view
 from ..ir.edit import Editor
-from ..ir.graph import Phase, StepGraph, is_float, phase, seed_losses, source, tensor
+from ..ir.graph import Phase, Read, StepGraph, is_float, phase, seed_losses, source, tensor
 from ..ir.marks import GRAD, MARK, SEED
+from .across import across
 from .graph_pass import GraphPass
 from .results import Checked, Unscaled
 
@@ -58,6 +59,7 @@ class CheckFinite(GraphPass):
         for mark in step.marks(GRAD):
             if mark in read_by_any and tensor(mark).numel() != 0:
                 self._reduce(checked, edit, mark)
+        _reduce_across(step, edit, checked)
         checked.gradients = sorted(checked.largest, key=born.__getitem__)
         self._decide(step, edit, checked, before)
 
@@ -79,7 +81,8 @@ class CheckFinite(GraphPass):
                 stored[read] = [checked.largest[mark] for mark in ordered]
             earlier = [mark for mark in step.gradients if mark in before[read] and mark in checked.largest]
             stored[read] += [value for mark in earlier if (value := suspects.of(mark)) is not None]
-            checked.deciding[read] = stored[read] + edited.get(read, [])
+        _look_across(step, edit, edited)
+        checked.deciding = {read: stored[read] + edited.get(read, []) for read in checked.sources}
         event_of = {read.mark: read.event for read in step.reads}
         verdicts: dict[tuple[Node, ...], Node] = {}
         for event, backwards in enumerate(step.backwards_before):
@@ -114,6 +117,34 @@ class CheckFinite(GraphPass):
             checked.square_sums[mark] = total
             if dtype is torch.float16:
                 checked.tiny[mark] = _count_tiny(edit, mark)
+
+
+def _reduce_across(step: StepGraph, edit: Editor, checked: Checked) -> None:
+    """Of gradients of which each rank has some rows: what was reduced, over all of them."""
+    by_backward: dict[object, list[Node]] = {}
+    for mark in checked.largest:
+        if step.part(step.gradients[mark].leaf):
+            by_backward.setdefault(step.gradients[mark].backward, []).append(mark)
+    for marks in by_backward.values():
+        shard = step.part(step.gradients[marks[0]].leaf)
+        assert shard is not None, "they are parts"
+        sums, largest = [checked.square_sums[m] for m in marks], [checked.largest[m] for m in marks]
+        sums, largest = across(edit, shard, sums, largest)
+        checked.square_sums.update(zip(marks, sums, strict=True))
+        checked.largest.update(zip(marks, largest, strict=True))
+
+
+def _look_across(step: StepGraph, edit: Editor, edited: dict[Node, list[Node]]) -> None:
+    """The same for what optimizers read of edited gradients: by optimizer, before one of them updates."""
+    by_event: dict[int, list[Read]] = {}
+    for read in step.reads:
+        if read.mark in edited and step.part(read.slot):
+            by_event.setdefault(read.event, []).append(read)
+    for reads in by_event.values():
+        shard = step.part(reads[0].slot)
+        assert shard is not None, "they are parts"
+        _, largest = across(edit, shard, [], [edited[read.mark][0] for read in reads])
+        edited.update((read.mark, [value]) for read, value in zip(reads, largest, strict=True))
 
 
 class _Suspects:

@@ -12,6 +12,8 @@ from torch.fx import Node
 from ..ir.edit import Editor
 from ..ir.graph import Phase, Read, StepGraph, source, tensor
 from ..ir.marks import GRAD, MARK
+from ..ir.shards import Shard
+from .across import across
 from .results import Checked, Clipped, Unscaled
 
 aten = torch.ops.aten
@@ -35,6 +37,7 @@ class Norms:
         self.step, self.edit, self.reason = step, edit, reason
         self.checked, self.unscaled = step.result(Checked), step.result(Unscaled)
         self._inverse: Node | None = None
+        self._slots = {read.mark: read.slot for read in step.reads}
 
     def call(self, target: Any, *args: object, **kwargs: Any) -> Node:
         return self.edit.call(target, *args, when=Phase.CHECK, reason=self.reason, **kwargs)
@@ -45,7 +48,10 @@ class Norms:
     def total(self, reads: Sequence[Node], norm_type: float) -> Node:
         """The 0-d norm of all ``reads`` together, placed after the last of them is reduced."""
         by_inf = norm_type == math.inf
-        parts = [(self._largest if by_inf else self._square_sum)(read) for read in reads]
+        rows = [read for read in reads if self._of_rows(read)]
+        parts = [(self._largest if by_inf else self._square_sum)(r) for r in reads if r not in rows]
+        if rows:
+            parts.append((self._across(rows, by_inf), False))
         dtype = torch.float64 if any(tensor(r).dtype is torch.float64 for r in reads) else torch.float32
         with self.edit.after(self.edit.last(part for part, _ in parts)):
             kinds = [[part for part, scaled in parts if scaled is kind] for kind in (True, False)]
@@ -54,6 +60,20 @@ class Norms:
                 combined[0] = self._unscaled(combined[0], 1 if by_inf else 2)
             norm = self._combine(by_inf, [c for c in combined if c is not None])
             return self.cast(norm if by_inf else self.call(aten.sqrt.default, norm), dtype)
+
+    def _of_rows(self, read: Node) -> Shard | None:
+        """How a gradient is spread, of which no number is known yet that is about all ranks' rows."""
+        stored, _ = self._stored(read)
+        return None if stored in self.checked.square_sums else self.step.part(self._slots[read])
+
+    def _across(self, reads: list[Node], by_inf: bool) -> Node:
+        values = [(self._largest if by_inf else self._square_sum)(read)[0] for read in reads]
+        shard = self._of_rows(reads[0])
+        assert shard is not None, "each rank has some of the rows"
+        with self.edit.after(self.edit.last(values)):
+            mine = self._combine(by_inf, values)
+        sums, largest = across(self.edit, shard, *(([], [mine]) if by_inf else ([mine], [])))
+        return (largest if by_inf else sums)[0]
 
     def by_row(self, read: Node) -> Node:
         """The 2-norm of each slice along the first dimension; of the whole for fewer than two dimensions."""

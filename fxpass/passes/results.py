@@ -39,19 +39,19 @@ class ScaledSeeds(Result):
 
 @dataclass
 class Reductions(Result):
-    """The all-reduces of gradients: of ``data_parallel``."""
+    """The collectives for gradients and weights: of ``data_parallel`` and ``shard``."""
 
-    buckets: dict[Node, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # by all-reduce: whose gradients it has
+    buckets: dict[Node, tuple[str, ...]] = field(default_factory=dict)  # by collective: whose it sends
 
     def plan(self, step: StepGraph) -> dict[str, list[str]]:
-        """What is reduced, in order, by the name of the process group: the same on every rank, or else."""
-        plan: dict[str, list[str]] = {}
+        """What is sent, in order, by the name of the process group: the same on every rank, or else."""
+        plan: dict[str, list[str]] = {str(node.args[-1]): [] for node in self.buckets}
         for node in step.graph.nodes:
+            group = str(node.args[-1]) if node.args else ""
             if node in self.buckets:
-                text = f"{', '.join(self.buckets[node])} in {tensor(node).dtype}"
-                plan.setdefault(str(node.args[2]), []).append(text)
+                value = node.meta["val"]
+                dtype = (value[0] if isinstance(value, (list, tuple)) else value).dtype
+                plan[group].append(f"{', '.join(self.buckets[node])} in {dtype}")
         return plan
 
 

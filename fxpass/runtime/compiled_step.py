@@ -31,6 +31,7 @@ class OptimizerBinding:
     fit: Callable[[Optimizer], None]  # brings state of another origin into the form the graph reads
     holds: Callable[[Optimizer], None]  # raises if something that the graph assumes has changed
     known: list[Tensor] = field(default_factory=list)  # the state tensors of the last call
+    parts: list[Tensor] = field(default_factory=list)  # what this rank holds of each
     numbers: list[Tensor] = field(default_factory=list)  # of the settings, 0-d float64
     written: list[float] = field(default_factory=list)  # what they hold
 
@@ -41,8 +42,9 @@ class OptimizerBinding:
         tensors = self._read(optimizer)
         if len(tensors) != len(self.known) or any(map(operator.is_not, tensors, self.known)):
             self.fit(optimizer)
-            tensors = self.known = self._read(optimizer)
-        return tensors + self._numbers(optimizer, device)
+            self.known = self._read(optimizer)
+            self.parts = [_torch.part_of(tensor) for tensor in self.known]
+        return self.parts + self._numbers(optimizer, device)
 
     def _read(self, optimizer: Optimizer) -> list[Any]:
         """The state, by parameter: hashing a tensor is what costs here."""
@@ -129,9 +131,15 @@ class CompiledStep:
     dropped: list[Slot]  # of those whose .grad becomes None if there is one
     reporter: Reporter
     holds: Callable[[], None]  # raises if what the capture took for granted has changed
+    parts: list[int] = field(default_factory=list)  # inputs of which the graph reads this rank's part
 
     def __call__(self, *args: Any) -> Any:
         self.holds()
+        if self.parts:
+            inputs = list(args)
+            for index in self.parts:
+                inputs[index] = _torch.part_of(inputs[index])
+            args = tuple(inputs)
         results = self.call(*args, *self.extras.tensors())
         self._place_grads(results[self.outputs :])
         for binding in self.extras.bindings:

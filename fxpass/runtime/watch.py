@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _torch
+
 WATCH, REPORT = "watch", "report"  # scaler inputs that belong to one graph
 
 
@@ -185,7 +187,7 @@ def diagnose(watches: Sequence[Watch]) -> Diagnosis:
 
 
 def _row(column: Column, v: list[float], weight: Tensor | None) -> ParameterDiagnosis:
-    state = "" if weight is None else kind(float(weight.detach().abs().amax()))
+    state = "" if weight is None else kind(float(_torch.part_of(weight.detach()).abs().amax()))
     size = column.sampled
     return ParameterDiagnosis(
         column.name,

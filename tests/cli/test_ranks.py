@@ -33,3 +33,13 @@ def test_every_command_takes_it(command: str, capsys: pytest.CaptureFixture[str]
 
 def test_a_group_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data-parallel" not in fx(capsys, "inspect", "--help").out
+
+
+def test_sharded(capsys: pytest.CaptureFixture[str]) -> None:
+    found = fx(capsys, "inspect", "@mlp", "--ranks", "4", "--sharded")
+    assert found.code == 2
+    assert "call fxpass.shard_" in found.err
+    assert "say over how many" in fx(capsys, "inspect", "cnn", "--sharded").err
+    found = fx(capsys, "inspect", "cnn", "--ranks", "4", "--sharded", "--of", "graph")
+    assert (found.code, found.err) == (0, "")
+    assert "reduce_scatter_tensor_coalesced   backward  float16" in found.out

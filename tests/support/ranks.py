@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,11 +44,11 @@ class Net(nn.Module):
         return self.last(torch.relu(self.norm(self.first(x))))
 
 
-def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
 
-def _plain(net: nn.Module, model: Callable[..., Tensor], opt: Any) -> tuple[nn.Module, Step]:
+def plain(net: nn.Module, model: Callable[..., Tensor], opt: Any) -> tuple[nn.Module, Step]:
     def step(batches: Batch, factor: Tensor) -> Tensor:
         x, y = batches[0]
         opt.zero_grad()
@@ -62,12 +62,12 @@ def _plain(net: nn.Module, model: Callable[..., Tensor], opt: Any) -> tuple[nn.M
 
 def replicated() -> tuple[nn.Module, Step]:
     net = Net()
-    return _plain(net, DDP(net), _sgd(net))
+    return plain(net, DDP(net), sgd(net))
 
 
 def clipped() -> tuple[nn.Module, Step]:
     net = Net()
-    model, opt = DDP(net), _sgd(net)
+    model, opt = DDP(net), sgd(net)
 
     def step(batches: Batch, factor: Tensor) -> None:
         opt.zero_grad()
@@ -80,7 +80,7 @@ def clipped() -> tuple[nn.Module, Step]:
 
 def accumulated() -> tuple[nn.Module, Step]:
     net = Net()
-    model, opt = DDP(net), _sgd(net)
+    model, opt = DDP(net), sgd(net)
 
     def step(batches: Batch, factor: Tensor) -> None:
         opt.zero_grad()
@@ -96,19 +96,19 @@ def accumulated() -> tuple[nn.Module, Step]:
 def hooked() -> tuple[nn.Module, Step]:
     net = Net()
     net.first.weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
-    return _plain(net, DDP(net), _sgd(net))
+    return plain(net, DDP(net), sgd(net))
 
 
 def unused() -> tuple[nn.Module, Step]:
     net = Net()
     net.extra = nn.Linear(3, 3)
-    return _plain(net, DDP(net, find_unused_parameters=True), _sgd(net))
+    return plain(net, DDP(net, find_unused_parameters=True), sgd(net))
 
 
 def two_models() -> tuple[nn.Module, Step]:
     nets = nn.ModuleList([Net(), Net()])
     first, second = DDP(nets[0]), DDP(nets[1])
-    one, two = _sgd(nets[0]), _sgd(nets[1])
+    one, two = sgd(nets[0]), sgd(nets[1])
 
     def step(batches: Batch, factor: Tensor) -> None:
         x, y = batches[0]
@@ -125,7 +125,7 @@ def two_models() -> tuple[nn.Module, Step]:
 def logged() -> tuple[nn.Module, Step]:
     """A loss that is averaged for the log, and evaluation on another batch."""
     net = Net()
-    model, opt = DDP(net), _sgd(net)
+    model, opt = DDP(net), sgd(net)
 
     def step(batches: Batch, factor: Tensor) -> Tensor:
         opt.zero_grad()
@@ -147,7 +147,7 @@ def branching() -> tuple[nn.Module, Step]:
     """A branch that goes one way on one rank and the other way on the other; part of it is recomputed."""
     net = Net()
     net.norm.eval()
-    model, opt = DDP(net), _sgd(net)
+    model, opt = DDP(net), sgd(net)
 
     def step(batches: Batch, factor: Tensor) -> None:
         x, y = batches[0]
@@ -181,7 +181,7 @@ def two_optimizers() -> tuple[nn.Module, Step]:
 def by_hand() -> tuple[nn.Module, Step]:
     """The user's own all-reduce, between backward and step."""
     net = Net()
-    opt = _sgd(net)
+    opt = sgd(net)
     net.norm.eval()
 
     def step(batches: Batch, factor: Tensor) -> None:
@@ -202,12 +202,12 @@ def option() -> tuple[nn.Module, Step]:
     if dist.get_rank() == 1:
         with torch.no_grad():
             net.first.weight.zero_()
-    return _plain(net, net, _sgd(net))
+    return plain(net, net, sgd(net))
 
 
 def without_buffers() -> tuple[nn.Module, Step]:
     net = Net()
-    return _plain(net, DDP(net, broadcast_buffers=False), _sgd(net))
+    return plain(net, DDP(net, broadcast_buffers=False), sgd(net))
 
 
 def other_ways() -> tuple[nn.Module, Step]:
@@ -216,34 +216,34 @@ def other_ways() -> tuple[nn.Module, Step]:
     net.extra = nn.Linear(8, 8)
     model = DDP(net, find_unused_parameters=True)
     through = net.extra if dist.get_rank() == 0 else nn.Identity()
-    return _plain(net, lambda x: model(through(x)), _sgd(net))
+    return plain(net, lambda x: model(through(x)), sgd(net))
 
 
 def comm_hook() -> tuple[nn.Module, Step]:
     net = Net()
     model = DDP(net)
     model.register_comm_hook(None, fp16_compress_hook)
-    return _plain(net, model, _sgd(net))
+    return plain(net, model, sgd(net))
 
 
 def sharded() -> tuple[nn.Module, Step]:
     net = Net()
     fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
-    return _plain(net, net, _sgd(net))
+    return plain(net, net, sgd(net))
 
 
 def tensor_parallel() -> tuple[nn.Module, Step]:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     parallelize_module(net, init_device_mesh("cpu", (WORLD,)), plan)
-    return _plain(net, net, _sgd(net))
+    return plain(net, net, sgd(net))
 
 
 def zero() -> tuple[nn.Module, Step]:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of its own imports
 
     net = Net()
-    return _plain(net, DDP(net), ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1))
+    return plain(net, DDP(net), ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1))
 
 
 Build = Callable[[], tuple[nn.Module, Step]]
@@ -290,14 +290,14 @@ def _train(name: str, rank: int) -> dict[str, Any]:
     skipped = (1, CALLS) if name in OVERFLOWS else ()  # an overflow on one rank, then on the other
     for call in range(CALLS + 1):
         bad = call in skipped and rank == (0 if call == 1 else 1)
-        compiled(_batches(rank, call), torch.tensor(float("inf") if bad else 1.0))
+        compiled(batches_of(rank, call), torch.tensor(float("inf") if bad else 1.0))
     other, eager = reference()
     for call in range(CALLS + 1):
         if call not in skipped:
-            eager(_batches(rank, call), torch.tensor(1.0))
+            eager(batches_of(rank, call), torch.tensor(1.0))
     stats = mp.stats()
     return {
-        "difference": _distance(_state(net, skipped), _state(other, skipped)),
+        "difference": distance(_state(net, skipped), _state(other, skipped)),
         "ranks": _between_ranks(net),
         "steps": stats.steps,
         "skipped": stats.skipped,
@@ -305,7 +305,7 @@ def _train(name: str, rank: int) -> dict[str, Any]:
     }
 
 
-def _batches(rank: int, call: int) -> Batch:
+def batches_of(rank: int, call: int) -> Batch:
     made = torch.Generator().manual_seed(1000 * rank + call)
     return [(torch.randn(6, 8, generator=made), torch.randn(6, 4, generator=made)) for _ in range(3)]
 
@@ -316,7 +316,7 @@ def _state(net: nn.Module, skipped: tuple[int, ...]) -> list[Tensor]:
     return [*net.parameters(), *buffers]
 
 
-def _distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max((a.detach() - b.detach()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
@@ -324,10 +324,13 @@ def _between_ranks(net: nn.Module) -> float:
     mine = torch.cat([p.detach().flatten() for p in net.parameters()])
     all_of_them = [torch.empty_like(mine) for _ in range(WORLD)]
     dist.all_gather(all_of_them, mine)
-    return _distance([all_of_them[0]], [all_of_them[1]])
+    return distance([all_of_them[0]], [all_of_them[1]])
 
 
-def _work(rank: int, port: int, names: list[str]) -> None:
+Train = Callable[[str, int], dict[str, Any]]  # a program on one rank, by name
+
+
+def _work(rank: int, port: int, names: list[str], train: Train) -> None:
     warnings.filterwarnings("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
@@ -335,7 +338,7 @@ def _work(rank: int, port: int, names: list[str]) -> None:
     found = {}
     for name in names:
         try:
-            found[name] = _train(name, rank)
+            found[name] = train(name, rank)
         except Exception as error:  # of one program, the others go on
             found[name] = {"error": f"{type(error).__name__}: {error}"}
     if rank == 0:
@@ -344,12 +347,13 @@ def _work(rank: int, port: int, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main(train: Train, names: Iterable[str]) -> None:
+    """Run the programs of the command line, or all of ``names``, on every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(_work, (port, sys.argv[1:] or list(PROGRAMS)), nprocs=WORLD)
+    spawn(_work, (port, sys.argv[1:] or list(names), train), nprocs=WORLD)
 
 
 if __name__ == "__main__":
-    main()
+    main(_train, PROGRAMS)
