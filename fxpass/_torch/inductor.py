@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_map_only
 
-from ..ir.alias import layout_is_read, lie_alike
+from ..ir.alias import hint_of, layout_is_read, lie_alike
 from ..ir.unbacked import Asker, asked_by, keep_sizes
 from ..timing.clock import charged, stage
 from .combos import join_neighbours
@@ -165,7 +165,7 @@ class _AsTraced(torch.fx.Interpreter):
 
 def _laid_out_as(value: Tensor, traced: Tensor) -> Tensor:
     """A copy with the order of strides that ``traced`` has: fresh results are dense."""
-    strides = [s if isinstance(s, int) else s.node.hint or 0 for s in traced.stride()]
+    strides = [hint_of(s) or 0 for s in traced.stride()]
     order = sorted(range(value.ndim), key=lambda dim: (-strides[dim], dim))
     back = sorted(range(value.ndim), key=order.__getitem__)
     return value.permute(order).clone(memory_format=torch.contiguous_format).permute(back)

@@ -75,11 +75,21 @@ def layout_is_read(node: Node) -> bool:
 
 
 def lie_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are known to have the same strides, where those matter."""
+    """Whether two tensors of one shape have the same strides, where those matter.
+
+    Nothing is guarded on; of sizes that depend on data nobody knows more than that they are alike.
+    """
     if a.layout is not torch.strided or b.layout is not torch.strided:
         return a.layout == b.layout
-    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(statically_known_true(s == t) or statically_known_true(n <= 1) for n, s, t in pairs)
+    strides = [(n, hint_of(s), hint_of(t)) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)]
+    return all(statically_known_true(n <= 1) or None in (s, t) or s == t for n, s, t in strides)
+
+
+def hint_of(size: Any) -> int | None:
+    """What a size or stride is while tracing; None if it depends on data."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def view_of(node: Node) -> Node | None:
