@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fxpass import MixedPrecision, OptionError
-from tests.support.ranks import CALLS, OVERFLOWS, PROGRAMS
+from tests.support.ranks import CALLS, OVERFLOWS, PROGRAMS, results_of
 
-ROOT = Path(__file__).parents[2]
 REFUSED = {
     "other ways": "the ranks would train different steps(?s:.*)reduces",
     "comm hook": "DistributedDataParallel with a communication hook",
@@ -29,16 +23,7 @@ TRAINED = [name for name in PROGRAMS if name not in REFUSED]
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Every program in the same two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.ranks"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.strip().splitlines()[-1])
+    return results_of("tests.support.ranks")
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -345,6 +347,16 @@ def _work(rank: int, port: int, names: list[str], train: Train) -> None:
         print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def results_of(module: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What ``python -m module``, one with a ``main`` of this file's, has found of its programs, by name."""
+    root = Path(__file__).parents[2]
+    ours = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **(environment or {})}
+    command = [sys.executable, "-m", module]
+    run = subprocess.run(command, cwd=root, env=ours, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 def main(train: Train, names: Iterable[str]) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +10,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.support.ranks import results_of
 from tests.support.sharded_ranks import CALLS, CHECKPOINT, OVERFLOWS, TRAINED, Words
 from tests.support.sharded_refused import REFUSED
 
-ROOT = Path(__file__).parents[1]
 # of what differs by more in the replicated mode, too: gradients of a tied table, low precision
 BOUNDS = {"tied": 3e-6, "tied, float16": 2e-2, "headroom": 1.0, "bfloat16": 2e-2}
 
@@ -30,16 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(checkpoint: Path) -> dict[str, Any]:
     """Every program in the same two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), CHECKPOINT: str(checkpoint)}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.sharded_ranks"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.strip().splitlines()[-1])
+    return results_of("tests.support.sharded_ranks", {CHECKPOINT: str(checkpoint)})
 
 
 @pytest.mark.parametrize("name", TRAINED)
