@@ -1,5 +1,6 @@
 """Every use of torch's private APIs, for torch 2.11 to 2.13. Nothing outside this folder imports them."""
 
+from .agreement import agree as agree
 from .aot import boxed as boxed
 from .aot import compiling_flag as compiling_flag
 from .aot import is_recorded as is_recorded
@@ -58,7 +59,6 @@ from .private import has_modes as has_modes
 from .private import set_grad_enabled as set_grad_enabled
 from .private import storage_id as storage_id
 from .ranks import fake_ranks as fake_ranks
-from .replicas import agree as agree
 from .replicas import share_first as share_first
 from .sdpa import allowed_kernels as allowed_kernels
 from .stored import store_results_of as store_results_of

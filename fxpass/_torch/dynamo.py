@@ -59,6 +59,7 @@ from . import (
     texts,
     untraced,
 )
+from .agreement import withdraw
 from .borgs import one_of_many, refuse_two_ways
 from .dynamo_backward import backward
 from .dynamo_common import (
@@ -155,6 +156,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
             if ours is None:
                 _note_failure(record, error)
                 raise
+            withdraw(ours)
             raise ours.with_traceback(None) from ours.__cause__
         finally:
             local.record = outer

@@ -9,10 +9,8 @@ same on every rank. Other wrappers that communicate behind autograd's back are r
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -32,8 +30,6 @@ _ops: Any = torch.ops._c10d_functional
 _REFUSED = ("FullyShardedDataParallel", "FSDPModule")
 _HINT = "wrap it in DistributedDataParallel, or in nothing and all-reduce p.grad before optimizer.step()"
 _INSTEAD = "leave that wrapper out and call fxpass.shard_(model, mesh) before the optimizer is made"
-
-_agreed: Counter[str] = Counter()  # plans compared so far, by process group
 
 
 @dataclass
@@ -153,30 +149,6 @@ def share_first(parameters: Iterable[Tensor], group: Any) -> None:
     """Every parameter becomes that of the group's first rank, as DistributedDataParallel does it."""
     for parameter in parameters:
         distributed.broadcast(parameter.detach(), group=group, group_src=0)
-
-
-def agree(plan: Sequence[str], group: Any) -> str:
-    """Tell the other ranks of a group what this one will reduce, and hear what they will.
-
-    Through the store that set up the processes, so that no collective of a step gets mixed up with it.
-
-    Returns what differs, empty if nothing does.
-    """
-    from torch.distributed import distributed_c10d as c10d  # not in every build of torch
-
-    store = c10d._get_default_store()
-    ranks = distributed.get_process_group_ranks(c10d._resolve_process_group(group))
-    key = f"fxpass/plan/{group}/{_agreed[group]}"
-    _agreed[group] += 1
-    own = "\n".join(plan)
-    store.set(f"{key}/{distributed.get_rank()}", own)
-    for rank in ranks:
-        theirs = store.get(f"{key}/{rank}").decode()
-        if theirs != own:
-            pairs = zip_longest(plan, theirs.split("\n"), fillvalue="nothing")
-            here, there = next((a, b) for a, b in pairs if a != b)
-            return f"rank {distributed.get_rank()} reduces {here} where rank {rank} reduces {there}"
-    return ""
 
 
 HOOKS: list[tuple[Any, str, Callable[..., Any]]] = [

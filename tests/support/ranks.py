@@ -221,6 +221,14 @@ def other_ways() -> tuple[nn.Module, Step]:
     return plain(net, lambda x: model(through(x)), sgd(net))
 
 
+def alone() -> tuple[nn.Module, Step]:
+    """A step that one rank can compile and the other can't."""
+    net = Net()
+    opt, scaler = sgd(net), torch.amp.GradScaler("cpu", enabled=dist.get_rank() == 1)
+    net, step = plain(net, DDP(net), opt)
+    return net, lambda batches, factor: step(batches, scaler.scale(factor))
+
+
 def comm_hook() -> tuple[nn.Module, Step]:
     net = Net()
     model = DDP(net)
@@ -273,6 +281,7 @@ PROGRAMS: dict[str, tuple[Build, dict[str, Any], Build]] = {
     "by hand": (by_hand, EAGER, by_hand),
     "option": (option, EAGER, without_buffers),
     "other ways": (other_ways, EAGER, replicated),
+    "alone": (alone, EAGER, replicated),
     "comm hook": (comm_hook, EAGER, replicated),
     "sharded": (sharded, EAGER, replicated),
     "tensor parallel": (tensor_parallel, EAGER, replicated),
