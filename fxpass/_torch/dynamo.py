@@ -42,6 +42,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ..errors import FxpassError, OptimizerError
 from ..ir.slots import Slot
 from ..timing.clock import tell, timing
+from ..timing.garbage import rare_collections
 from ..timing.progress import progress
 from . import (
     abandoned,
@@ -140,7 +141,7 @@ def _hook(original: Callable[..., Any]) -> Callable[..., Any]:
         local.record = record
         try:
             with timing("dynamo") as clock, progress(clock, frame_name(args[0]), backend.progress):
-                with _patches(), _limits(args[0]):
+                with rare_collections(), _patches(), _limits(args[0]):
                     result = _numbers_first(record, original, *args, **kwargs)
             _trains[args[0]] = bool(record.events)
             for call in record.at_end:

@@ -23,6 +23,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
@@ -75,6 +76,7 @@ def compile_graph(
         join_neighbours(),
         keep_old_values(),
         no_output_strides(),
+        dtype_rules_once(),
         stages(),
         asked_by(Asker.TRACE),
         inductor_config.patch(fx_graph_cache=False) if dry else contextlib.nullcontext(),
@@ -254,6 +256,17 @@ def no_output_strides() -> Iterator[None]:
         yield
         return
     with mock.patch.object(context, "output_strides", None):
+        yield
+
+
+@contextlib.contextmanager
+def dtype_rules_once() -> Iterator[None]:
+    """Make Inductor's table of dtype rules once, not for every operation of every kernel.
+
+    It is one object for all, but Python initialises it each time that it is asked for.
+    """
+    DtypePropagationOpsHandler()
+    with mock.patch.object(DtypePropagationOpsHandler, "__init__", return_value=None):
         yield
 
 

@@ -9,8 +9,9 @@ at the values of the graph.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ def shared(node: Node) -> tuple[Node, ...]:
     if target is operator.getitem or target in _IDENTITIES:
         return tuple(n for n in node.args[:1] if isinstance(n, Node))
     if isinstance(target, torch._ops.OpOverload):
-        return tuple(_arguments(node, target, _returned))
+        return tuple(_arguments(node, _may_be_returned(target)))
     if isinstance(target, torch._ops.HigherOrderOperator) or not _holds_tensor(node.meta.get("val", ...)):
         return ()  # a higher-order operator must not return what it was given
     return tuple(node.all_input_nodes)
@@ -47,9 +48,7 @@ def written(node: Node) -> tuple[Node, ...]:
     """The arguments that ``node`` writes in place."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return ()
-    if not node.target._schema.is_mutable:
-        return ()
-    return tuple(_arguments(node, node.target, lambda schema, info: info.is_write))
+    return tuple(_arguments(node, _in_place(node.target)))
 
 
 def is_view(node: Node) -> bool:
@@ -117,9 +116,9 @@ def input_storages(graph: Graph) -> Storages:
         if node.op == "placeholder":
             found[node] = frozenset((node,))
         elif not written(node):  # what a write returns is the new value
-            inputs = frozenset[Node]().union(*(found.get(n, ()) for n in shared(node)))
+            inputs = [found[n] for n in shared(node) if n in found]
             if inputs:
-                found[node] = inputs
+                found[node] = frozenset[Node]().union(*inputs)
     return found
 
 
@@ -162,13 +161,30 @@ def _holds_tensor(value: object) -> bool:
     return value is ... or isinstance(value, Tensor)
 
 
-def _arguments(node: Node, target: torch._ops.OpOverload, wanted: Any) -> Iterator[Node]:
-    """The nodes given for the arguments whose alias annotation is ``wanted``."""
-    schema = target._schema
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not wanted(schema, argument.alias_info):
-            continue
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+Places = tuple[tuple[int, str], ...]  # arguments of an operator, by position and name
+
+
+@functools.cache
+def _may_be_returned(op: torch._ops.OpOverload) -> Places:
+    """The arguments that a result of ``op`` may be a view of."""
+    return _annotated(op, lambda info: _returned(op._schema, info))
+
+
+@functools.cache
+def _in_place(op: torch._ops.OpOverload) -> Places:
+    """The arguments that ``op`` writes."""
+    return _annotated(op, lambda info: info.is_write)
+
+
+def _annotated(op: torch._ops.OpOverload, wanted: Callable[[Any], bool]) -> Places:
+    arguments = enumerate(op._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and wanted(a.alias_info))
+
+
+def _arguments(node: Node, places: Places) -> Iterator[Node]:
+    """The nodes given at ``places``."""
+    for position, name in places:
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         for value in given if isinstance(given, (list, tuple)) else (given,):
             if isinstance(value, Node):
                 yield value

@@ -16,6 +16,7 @@ from .unbacked import recompute
 
 aten = torch.ops.aten
 Fail = Callable[[Node, str], VerifyError]
+VERIFIED = ("val", "fxpass_phase", "fxpass_origin")  # what is looked at of a node's metadata
 
 
 def verify(step: StepGraph, pass_name: str, touched: Iterable[Node] = ()) -> None:

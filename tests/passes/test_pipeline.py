@@ -6,13 +6,14 @@ import ast
 import inspect
 import sys
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 
 from fxpass import VerifyError
 from fxpass.ir.edit import Editor
 from fxpass.ir.graph import StepGraph
-from fxpass.passes import PASSES
+from fxpass.passes import PASSES, pipeline
 from fxpass.passes.check_finite import CheckFinite
 from fxpass.passes.clip import Clip
 from fxpass.passes.grad_norm import GradNorm
@@ -74,3 +75,23 @@ def _results_in(module: str) -> set[str]:
             clips = "note_clipped" in {alias.name for alias in node.names}
             found |= _results_in("fxpass.passes.norms") - (set() if clips else {"Clipped"})
     return found
+
+
+class _Idle(GradNorm):
+    ensures: ClassVar = ()
+
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        pass
+
+
+class _Forgets(_Idle):
+    def run(self, step: StepGraph, edit: Editor) -> None:
+        del next(n for n in step.graph.nodes if n.op == "call_function").meta["fxpass_phase"]
+
+
+def test_a_graph_is_verified_again_where_a_pass_has_changed_it() -> None:
+    with mock.patch.object(pipeline, "verify", wraps=pipeline.verify) as verified:
+        graph_of(*training_step(), [CheckFinite(), _Idle()])
+    assert [call.args[1] for call in verified.call_args_list] == ["check_finite"]
+    with pytest.raises(VerifyError, match="grad_norm"):
+        graph_of(*training_step(), [CheckFinite(), _Forgets()])
