@@ -35,9 +35,6 @@ DEFAULTS = {
     "max_fusion_buffer_group_pairwise_attempts": 4,
 }
 
-# Parts of a program are for CUDA graphs; here it would be one part, found out with much ado.
-ON_CPU = {"graph_partition": False}
-
 # Of an update that is compiled once and called: the step's own program has checked its inputs.
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
 
@@ -103,8 +100,8 @@ def _lower(
 
 def settings_of(inputs: Sequence[Any], options: Options, mode: str | None) -> dict[str, Any]:
     """Inductor's settings for a step."""
-    of_device = ON_CPU if _on_cpu(inputs) else _torch.combo_settings()
-    return {**DEFAULTS, **of_device, **_torch.mode_settings(mode), **options.inductor}
+    joined = {} if _on_cpu(inputs) else _torch.combo_settings()
+    return {**DEFAULTS, **joined, **_torch.mode_settings(mode), **options.inductor}
 
 
 def _on_cpu(inputs: Sequence[Any]) -> bool:

@@ -14,6 +14,7 @@ from bench import measure, models
 from fxpass.analysis.memory import PHI, LiveTensor, MemoryProfile, Moment, graph_profile
 from fxpass.hallway.dry_run import dry_run
 from fxpass.ir.graph import Phase, Role, StepGraph
+from fxpass.lower import callable as lowering
 from tests.support.helpers import Mlp, batches
 
 aten = torch.ops.aten
@@ -113,7 +114,9 @@ def test_the_graph_as_written_is_predicted_to_the_byte(dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "conv net"])
-def test_the_program_that_runs_is_predicted(name: str) -> None:
+def test_the_program_that_runs_is_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A CPU that multiplies float16 itself does so in buffers of oneDNN's that no formula here knows.
+    monkeypatch.setattr(lowering._torch, "cpu_has_half_gemm", lambda: False)
     gpt = name == "gpt"
     step, mp = compiled_step(tiny_gpt() if gpt else models.ConvNet(width=8, classes=10))
     (x, y) = models.token_batches(1, 32, vocab=64)[0] if gpt else models.image_batches(1, 8, classes=10)[0]
