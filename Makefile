@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp demo-sharded test test-cuda fuzz lint format docs dist bench programs clean
+.PHONY: help .venv .venv-cuda demo demo-digits demo-ddp demo-sharded test test-all test-cuda fuzz lint format docs dist bench programs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,10 +13,11 @@ help: ## list these targets
 .venv: $(STAMP) ## create the virtual environment, or bring it up to date
 
 # torch first: the rest then finds its requirement met and does not ask for another build of it.
+# Modules are compiled by who imports them: most of what is installed never is.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 .venv-cuda: $(CUDA_STAMP) ## the same with a CUDA build of torch, which needs 4.7 GB
@@ -24,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 # Three equal signs: a local build such as 2.13.0+cpu is not meant.
 $(CUDA_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-cuda
-	$(CUDA_BIN)/pip install --quiet torch===2.13.0
-	$(CUDA_BIN)/pip install --quiet -c constraints.txt numpy pytest pytest-xdist -e '.[cli]'
+	$(CUDA_BIN)/pip install --quiet --no-compile torch===2.13.0
+	$(CUDA_BIN)/pip install --quiet --no-compile -c constraints.txt numpy pytest pytest-xdist -e '.[cli]'
 	@touch $@
 
 demo: .venv ## train a small GPT on the standard library's source, beside torch.amp
@@ -40,7 +41,10 @@ demo-ddp: .venv ## train a GPT on two processes, gradients averaged inside the s
 demo-sharded: .venv ## train a GPT of which each of two processes keeps half
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/sharded_gpt.py
 
-test: lint ## everything that CI checks: lint, then pytest on two processes
+test: lint ## what CI checks: lint, types, and the tests on two processes, but for a few slow ones
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: lint ## the same with the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-cuda: .venv-cuda ## the CUDA path: on a GPU, or compiled, counted and emulated without one

@@ -61,7 +61,6 @@ class Bigrams(torch.nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-@pytest.mark.slow
 def test_trainer_under_the_default_options(hf: Any, tmp_path: Path) -> None:
     settings = {"learning_rate": 0.1, "gradient_accumulation_steps": 1}
     compare_trainers(hf, hf.MixedPrecisionTrainer, tmp_path, Bigrams, **settings)
@@ -154,7 +153,6 @@ def loop() -> Any:
     return accelerate_loop
 
 
-@pytest.mark.slow
 def test_accelerates_loop_follows_float32(loop: Any) -> None:
     plain, ours = loop.train(accumulate=1), loop.train(loop.mixedprec, accumulate=1)
     close(ours.losses, plain.losses)
@@ -220,7 +218,6 @@ def compare_lightning(pl: Any, rows: int, accumulate: int, **options: Any) -> fx
 
 
 @quiet
-@pytest.mark.slow
 def test_lightning_follows_float32(pl: Any) -> None:
     mp = compare_lightning(pl, rows=768, accumulate=2)
     assert len(mp.graphs) == 1

@@ -12,7 +12,7 @@ from bench.programs.run import run
 
 QUICK = [program for program in programs() if program.quick]
 # with the options that users have, by which the whole table is made
-WHOLE = {"forward_forward", "wgan_gp", "pinn", "dp_sgd", "radam"}
+WHOLE = {"forward_forward", "radam"}
 
 
 @pytest.mark.parametrize("program", QUICK, ids=lambda program: program.name)

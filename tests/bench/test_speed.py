@@ -24,6 +24,7 @@ def test_rows_come_in_the_order_in_which_they_matter() -> None:
 OURS = ("fxpass", "compiled-amp")
 
 
+@pytest.mark.slow
 def test_a_step_of_every_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

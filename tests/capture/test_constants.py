@@ -44,6 +44,7 @@ def test_literals_and_items_that_are_set(options: dict[str, object]) -> None:
     compare(_build, handle=MixedPrecision(**options), graphs=2)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_in_float16_too() -> None:
     torch.manual_seed(0)
     training, mp = _build(), MixedPrecision(loss_scale=128.0)

@@ -16,12 +16,25 @@ from tests.fuzz.run import run
 SEEDS = range(9000, 9150)
 
 
-@pytest.mark.parametrize("first", SEEDS[::3])
-def test_programs(first: int) -> None:
-    for seed in range(first, first + 3):
-        text = source(draw(seed, "inductor" if seed % 3 == 0 else "eager"))
-        outcome = run(text)
-        assert outcome.good, f"{outcome.kind}: {outcome.symptom}\n{outcome.detail}\n{text}"
+# A third of them as users run them; every second of these, 20 s each, in `make test-all` alone.
+DEFAULT = [pytest.param(seed, marks=[pytest.mark.slow] * (seed % 2)) for seed in SEEDS[::3]]
+
+
+def check(seed: int, codegen: str) -> None:
+    text = source(draw(seed, codegen))
+    outcome = run(text)
+    assert outcome.good, f"{outcome.kind}: {outcome.symptom}\n{outcome.detail}\n{text}"
+
+
+@pytest.mark.parametrize("seed", DEFAULT)
+def test_programs(seed: int) -> None:
+    check(seed, "inductor")
+
+
+@pytest.mark.parametrize("first", SEEDS[1::3])
+def test_programs_operator_by_operator(first: int) -> None:
+    check(first, "eager")
+    check(first + 1, "eager")
 
 
 def test_the_programs_of_a_seed_are_always_the_same_and_use_every_word() -> None:

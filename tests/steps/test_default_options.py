@@ -17,27 +17,27 @@ from torch.nn.functional import mse_loss
 from fxpass import DynamicLossScale, MixedPrecision
 from tests.support.helpers import Mlp, batches, clone
 
+# each of them once, two that have nothing to do with each other in one step
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "bfloat16": {"dtype": "bfloat16", "loss_scale": 8.0},
-    "static scale": {"loss_scale": 128.0},
-    "growing scale": {"loss_scale": DynamicLossScale(init_scale=2.0**10, growth_interval=1)},
+    "bfloat16, unverified": {"dtype": "bfloat16", "loss_scale": 8.0, "verify": False},
+    "growing scale, clip_value": {
+        "loss_scale": DynamicLossScale(init_scale=2.0**10, growth_interval=1),
+        "clip_value": 0.01,
+    },
     "headroom": {"loss_scale": "headroom"},
-    "max_norm": {"max_norm": 0.1},
-    "largest element": {"max_norm": 0.1, "norm_type": math.inf},
-    "norm of each": {"max_norm": 0.1, "clip_per": "parameter"},
-    "norm of a group": {"max_norm": 0.1, "clip_per": "group"},
-    "norm of an optimizer": {"max_norm": 0.1, "clip_per": "optimizer"},
-    "clip_value": {"clip_value": 0.01},
-    "adaptive_clip": {"adaptive_clip": 0.05},
-    "kept gradients": {"grads": "keep", "max_norm": 0.1},
+    "static scale, max_norm": {"loss_scale": 128.0, "max_norm": 0.1},
+    "largest element, a float32 module": {"max_norm": 0.1, "norm_type": math.inf, "keep_fp32": ("last",)},
+    "norm of each, kept gradients": {"max_norm": 0.1, "clip_per": "parameter", "grads": "keep"},
+    "norm of a group, a setting of Inductor's": {
+        "max_norm": 0.1,
+        "clip_per": "group",
+        "inductor": {"epilogue_fusion": False},
+    },
+    "norm of an optimizer, budget": {"max_norm": 0.1, "clip_per": "optimizer", "memory_budget": 0.1},
+    "adaptive_clip, no outline": {"adaptive_clip": 0.05, "outline": "off"},
     "skip by tensor": {"skip": "tensor"},
     "release": {"release": True, "max_norm": 0.1},
-    "budget": {"memory_budget": 0.1},
-    "no outline": {"outline": "off"},
-    "a float32 module": {"keep_fp32": ("last",)},
-    "unverified": {"verify": False},
-    "a setting of Inductor's": {"inductor": {"epilogue_fusion": False}},
 }
 CALLS = batches(5)
 

@@ -127,6 +127,7 @@ print(round(1 - weight[0].item(), 4))
 """
 
 
+@pytest.mark.slow
 def test_caches_tell_options_apart_across_processes() -> None:
     """A changed max_norm must not run yesterday's code from the cache on disk."""
     new = str(1 + random.Random().random())  # in no cache of an earlier run
