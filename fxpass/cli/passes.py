@@ -42,7 +42,7 @@ def passes(verbose: bool, as_json: bool, traceback: bool) -> None:
     Example: fxpass passes
              fxpass passes --verbose
     """
-    found = tuple(
+    infos = tuple(
         PassInfo(
             cls.name,
             first_line(cls),
@@ -55,15 +55,15 @@ def passes(verbose: bool, as_json: bool, traceback: bool) -> None:
     )
     results = {kind.__name__: first_line(kind) for cls in PASSES for kind in cls.ensures}
     if as_json:
-        print_json("passes", PassesResult(found, results))
+        print_json("passes", PassesResult(infos, results))
         return
     if verbose:
-        cells = ((p.name, *map(", ".join, (p.requires, p.uses, p.ensures))) for p in found)
+        cells = ((p.name, *map(", ".join, (p.requires, p.uses, p.ensures))) for p in infos)
         console().print(table(("pass", "requires", "uses", "ensures"), cells))
         console().print()
         console().print(table(("result", "what it is"), results.items()))
         return
-    rows = [(p.name, p.summary, ", ".join(p.options)) for p in found]
+    rows = [(p.name, p.summary, ", ".join(p.options)) for p in infos]
     console().print(table(("pass", "what it does", "options"), rows))
 
 
