@@ -151,13 +151,13 @@ def state_of(
 
     Each with its form: dtype, shape and strides, without its values.
     """
-    found = {
+    forms = {
         slot.state(key): _torch.part_of(value).detach().to("meta")
         for slot in params
         for key, value in optimizer.state.get(slot.read(optimizer), {}).items()
         if isinstance(value, Tensor)
     }
-    return found | {slot: slot.read(optimizer).detach().to("meta") for slot in counted}
+    return forms | {slot: slot.read(optimizer).detach().to("meta") for slot in counted}
 
 
 def _short(value: Any) -> str:

@@ -193,11 +193,11 @@ def _cut(graph: Graph, read: Node, shard: Shard, name: str, made: set[Node]) -> 
 
 
 def _behind(value: Node) -> set[Node]:
-    found = {value}
+    nodes = {value}
     stack = [value]
     while stack:
         for node in stack.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
+            if node not in nodes:
+                nodes.add(node)
                 stack.append(node)
-    return found
+    return nodes

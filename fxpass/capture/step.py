@@ -88,8 +88,8 @@ def capture(
     captured.scaler = {name: inputs.add() for name in scaler_fields}
     phases.declare(graph, gradients.differentiated(graph))
     captured.in_place = gradients.written_in_place(graph)
-    scaled, found = gradients.mark_gradients(graph, len(record.backwards), len(record.leaf_grads))
-    captured.gradients += found
+    scaled, leaf_grads = gradients.mark_gradients(graph, len(record.backwards), len(record.leaf_grads))
+    captured.gradients += leaf_grads
     captured.data = [n.name for n in placeholders if phases.is_data(n)]
     backwards = 0
     for node in list(graph.nodes):
@@ -190,7 +190,7 @@ def _finish_outputs(
     positions = {value.name: i for i, value in enumerate(values) if isinstance(value, Node)}
     for leaf, grad in record.escaping.items():
         if grad in positions:
-            old = by_name.get(record.found.get(leaf, ""))
+            old = by_name.get(record.earlier_grads.get(leaf, ""))
             name = old.name if old is not None and old.op == "placeholder" else None
             captured.handed_over.append((positions[grad], name))
     if keep_grads:
@@ -246,8 +246,8 @@ def _read_marks(step: StepGraph, captured: Captured, by_name: Mapping[str, Node]
         if number in grads:
             step.gradients[grads[number]] = Gradient(by_name.get(grad.leaf), grad.leaf, grad.backward)
     for event in captured.events:
-        found = [(reads[n], slot) for slot, n in event.reads.items() if n in reads]
-        step.reads += [Read(mark, slot, event.index) for mark, slot in found]
+        marked = [(reads[n], slot) for slot, n in event.reads.items() if n in reads]
+        step.reads += [Read(mark, slot, event.index) for mark, slot in marked]
     for number, (index, slot) in enumerate(captured.writes):
         if number in updates:
             step.updates.append(Update(updates[number], slot, index))

@@ -44,10 +44,10 @@ def written(node: Node) -> list[Node]:
     if UPDATES in node.meta:
         return list(node.meta[UPDATES])
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    found = [node.kwargs.get("out")]
+    targets = [node.kwargs.get("out")]
     if name in _OPERATORS or (name.endswith("_") and not name.endswith("__")) or _inplace(node):
-        found += node.args[:1] or [node.kwargs.get("input")]
-    return [n for value in found for n in _flat(value) if isinstance(n, Node)]
+        targets += node.args[:1] or [node.kwargs.get("input")]
+    return [n for value in targets for n in _flat(value) if isinstance(n, Node)]
 
 
 def storages(node: Node) -> set[int]:
