@@ -16,7 +16,9 @@ from torch import distributed
 
 _PAUSE = 0.02  # seconds between two looks at the store
 _WITHDRAWN = "fxpass/withdrawn"
-_counts: Counter[str] = Counter()  # of plans compared, by process group; under _WITHDRAWN, of attempts given up
+_counts: Counter[str] = (
+    Counter()
+)  # of plans compared, by process group; under _WITHDRAWN, of attempts given up
 
 
 def agree(plan: Sequence[str], group: Any) -> str:

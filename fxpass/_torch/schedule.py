@@ -215,8 +215,8 @@ def _read_or_not(wrapper: Any, recorder: _Recorder) -> Program:
 
 def _read(wrapper: Any, recorder: _Recorder) -> Program:
     graph = V.graph
-    found = [line for source in wrapper.lines if (line := _line(source, recorder)) is not None]
-    return Program(tuple(graph.graph_input_names), tuple(graph.get_output_names()), tuple(found), _estimate())
+    read = [line for source in wrapper.lines if (line := _line(source, recorder)) is not None]
+    return Program(tuple(graph.graph_input_names), tuple(graph.get_output_names()), tuple(read), _estimate())
 
 
 def _estimate() -> int:
