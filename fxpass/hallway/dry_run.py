@@ -170,7 +170,7 @@ def _profiler(
         return memory
 
     def profile(step: StepGraph, inputs: list[Any], options: Options, mode: str | None) -> MemoryProfile:
-        found = graph_profile(step)  # first: scheduling takes the graph apart
+        result = graph_profile(step)  # first: scheduling takes the graph apart
         profiled.append("graph")
         count = len(step.graph.nodes)
         if of == "auto" and count > LARGE:
@@ -179,12 +179,12 @@ def _profiler(
             )
         elif of != "graph":
             try:
-                found = program(step, inputs, options, mode)
+                result = program(step, inputs, options, mode)
                 profiled[-1] = "program"
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
                 notes.append(f"memory of the graph: Inductor failed with {type(error).__name__}: {reason}")
-        return found
+        return result
 
     return profile, profiled, compiled
 
@@ -236,8 +236,8 @@ class _CpuForCuda(TorchFunctionMode):
 def _device(step: StepGraph) -> str:
     """Where the parameters are, or the inputs of a step without."""
     inputs = sorted(step.roles, key=lambda n: step.roles[n] is not Role.PARAMETER)
-    found = (n.meta["val"].device.type for n in inputs if isinstance(n.meta["val"], torch.Tensor))
-    return next(found, "cpu")
+    devices = (n.meta["val"].device.type for n in inputs if isinstance(n.meta["val"], torch.Tensor))
+    return next(devices, "cpu")
 
 
 def _fake_bytes() -> int:

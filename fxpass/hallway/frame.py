@@ -148,7 +148,7 @@ class _Compilation:
         self.names = checks.input_names(gm, record)
         self.events = events_of(record, self.names)
         self.clock = current()
-        self.found: keep.Kept | None = None  # in the cache on disk
+        self.on_disk: keep.Kept | None = None  # what an earlier process has compiled
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
@@ -173,10 +173,10 @@ class _Compilation:
             call = _torch.trace(
                 self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference, warm
             )
-        if self.found is not None:
-            self._describe(self.found.columns)
-            self._note(self.found, "hit")
-            keep.warn_again(self.found.warned)
+        if self.on_disk is not None:
+            self._describe(self.on_disk.columns)
+            self._note(self.on_disk, "hit")
+            keep.warn_again(self.on_disk.warned)
         return CompiledStep(
             call,
             extras,
@@ -193,7 +193,7 @@ class _Compilation:
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
-        self.found = None
+        self.on_disk = None
         step = to_step(self.captured, gm, self.names)
         checks.check_reads(self.events, step.reads)
         check_by_element(step, [(type(e.optimizer()).__name__, e.where) for e in self.events])
@@ -241,7 +241,7 @@ class _Compilation:
         """
         for event, comparisons in zip(self.events, kept.comparisons, strict=True):
             event.assumed = assumptions.Assumptions.again(event.optimizer(), event.where, comparisons)
-        self.found = kept
+        self.on_disk = kept
 
     def _note(self, kept: keep.Kept, cache: str) -> None:
         unreached = checks.unreached(self.events)
@@ -304,8 +304,8 @@ class _Compilation:
 def _shards(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Shard]:
     """The inputs that are parameters of ``fxpass.shard_``, by name in Dynamo's graph."""
     placeholders = (node.name for node in gm.graph.nodes if node.op == "placeholder")
-    found = {name: _torch.shard_of(value) for name, value in zip(placeholders, inputs, strict=True)}
-    return {name: shard for name, shard in found.items() if shard is not None}
+    shards = {name: _torch.shard_of(value) for name, value in zip(placeholders, inputs, strict=True)}
+    return {name: shard for name, shard in shards.items() if shard is not None}
 
 
 def _binding(event: Event) -> OptimizerBinding:

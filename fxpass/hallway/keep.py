@@ -104,9 +104,9 @@ def warm(
         return None, str(reason)
 
     def load(parts: list[Callable[..., Any]], kept: bytes) -> Callable[..., Any]:
-        found: Kept = pickle.loads(kept)
-        restore(found)
-        return assembled(parts, found.calls)
+        restored: Kept = pickle.loads(kept)
+        restore(restored)
+        return assembled(parts, restored.calls)
 
     return _torch.Warm(text, settings, load), "miss"
 

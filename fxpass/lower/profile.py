@@ -193,9 +193,9 @@ class _Replay:
     def finish(self, estimate: int) -> MemoryProfile:
         facts, end = self.facts, len(self.moments)
         inputs = [replace(t, death=end) for t in facts.inputs]
-        found = [*inputs, *(self.tensor(storage, end) for storage in self.storages), *self.scratch]
+        symbolic = [*inputs, *(self.tensor(storage, end) for storage in self.storages), *self.scratch]
         values, sources = facts.symbols.values, facts.symbols.sources
-        tensors, unsized = sized(found, values, facts.symbols.resolve)
+        tensors, unsized = sized(symbolic, values, facts.symbols.resolve)
         return MemoryProfile(
             tuple(self.moments),
             tensors,

@@ -32,15 +32,15 @@ class Explanation:
 def explanations(run: DryRun, pattern: str) -> list[Explanation]:
     """Every node that ``pattern`` names, those that a later pass removed last."""
     final = run.final
-    found = [explain_node(final, n, "") for n in final.nodes if _matches(n, pattern)]
+    explained = [explain_node(final, n, "") for n in final.nodes if _matches(n, pattern)]
     seen = {n.name for n in final.nodes}
     views = list(run.views.values())
     for graph, following in reversed(list(pairwise(views))):
         for node in graph.nodes:
             if node.name not in seen and _matches(node, pattern):
                 seen.add(node.name)
-                found.append(explain_node(graph, node, following.point))
-    return found
+                explained.append(explain_node(graph, node, following.point))
+    return explained
 
 
 def _matches(node: NodeView, pattern: str) -> bool:

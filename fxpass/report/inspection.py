@@ -112,13 +112,13 @@ def _computing(graph: GraphView) -> list[NodeView]:
 
 
 def _precision(graph: GraphView) -> tuple[Precision, ...]:
-    found = Counter((n.colour or "none", n.dtype) for n in _computing(graph) if n.dtype in FLOATS)
-    return tuple(Precision(colour, dtype, count) for (colour, dtype), count in sorted(found.items()))
+    counts = Counter((n.colour or "none", n.dtype) for n in _computing(graph) if n.dtype in FLOATS)
+    return tuple(Precision(colour, dtype, count) for (colour, dtype), count in sorted(counts.items()))
 
 
 def _float32(graph: GraphView) -> tuple[Float32, ...]:
-    found = Counter(
+    counts = Counter(
         (n.op.removesuffix(".default"), why_float32(n)) for n in _computing(graph) if n.dtype == "float32"
     )
-    order = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return tuple(Float32(op, count, reason) for (op, reason), count in order)
