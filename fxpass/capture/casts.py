@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .writes import storages, written
+from .. import _torch
+from .writes import storages
 
 
 def spell_out_casts(graph: Graph) -> None:
@@ -28,7 +29,7 @@ def spell_out_casts(graph: Graph) -> None:
             kwargs = {"dtype": torch.float32, **_asked_besides(node)}
             node.op, node.target = "call_function", torch.ops.aten._to_copy.default
             node.args, node.kwargs = node.args[:1], kwargs
-        later.update(s for value in written(node) for s in storages(value))
+        later.update(s for value in _torch.written(node) for s in storages(value))
 
 
 def _asks_for_float32(node: Node) -> bool:

@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from .. import _torch
 from ..ir.marks import GRAD, MARK, SEED
 from .phases import UNSCALED
-from .writes import storages, written
+from .writes import storages
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Flow:
             passed = followed.behind(n for n in node.all_input_nodes if _requires_grad(n))
             if node in bits and arguments["create_graph"]:
                 passed |= bits[node]
-            if passed and (_requires_grad(node) or written(node)):
+            if passed and (_requires_grad(node) or _torch.written(node)):
                 followed._pass_on(node, passed)
         return flow
 
@@ -74,7 +74,7 @@ class Flow:
         if not calls:
             return
         self.values[node] = calls
-        for target in written(node):
+        for target in _torch.written(node):
             self.values[target] = self.values.get(target, 0) | calls
             for storage in storages(target):
                 self.memory[storage] = self.memory.get(storage, 0) | calls
@@ -142,7 +142,7 @@ def _reads(graph: Graph) -> Iterator[_Read]:
                 computed = value.op != "placeholder" or not memory.isdisjoint(storages(value))
                 yield _Read(event, param, mark, value, computed)
         else:
-            memory.update(s for target in written(node) for s in storages(target))
+            memory.update(s for target in _torch.written(node) for s in storages(target))
 
 
 def differentiated(graph: Graph) -> set[Node]:
@@ -153,7 +153,7 @@ def differentiated(graph: Graph) -> set[Node]:
     operations = {n for call in calls for n in _nodes(_torch.gradient_arguments(call)["outputs"])}
     memory = {s for n in operations for s in storages(n)}
     for node in reversed(graph.nodes):
-        if node in operations or any(not memory.isdisjoint(storages(n)) for n in written(node)):
+        if node in operations or any(not memory.isdisjoint(storages(n)) for n in _torch.written(node)):
             operations.add(node)
             operations.update(node.all_input_nodes)
             memory.update(s for n in node.all_input_nodes for s in storages(n))

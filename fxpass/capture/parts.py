@@ -22,7 +22,7 @@ from ..ir.marks import GRAD, MARK, TEXT
 from ..ir.provenance import innermost
 from ..ir.shards import GATHER_ROWS, Shard
 from . import gradients
-from .writes import storages, written
+from .writes import storages
 
 
 def split(graph: Graph, shards: Mapping[Node, Shard], names: Mapping[str, str]) -> None:
@@ -81,7 +81,7 @@ def _refuse_writes(graph: Graph, param: Node, name: str) -> None:
     own = storages(param)
     for node in graph.nodes:
         if node.target is not _torch.optimizer_step and any(
-            not own.isdisjoint(storages(t)) for t in written(node)
+            not own.isdisjoint(storages(t)) for t in _torch.written(node)
         ):
             found = f"the step itself writes to {name}, of which each rank has its own rows"
             hint = "leave it to an optimizer, or write to the parameters outside of the compiled step"

@@ -32,7 +32,7 @@ from .parts import split
 from .readings import read_afterwards
 from .regions import annotate_regions
 from .renorm import spell_out_renorm
-from .writes import UPDATES, hide_writes
+from .writes import hide_writes
 
 
 @dataclass
@@ -162,7 +162,7 @@ def _expand_optimizer(
 
     vars(expand)[TEXT] = f"step {index} {sorted(numbers.values())}"
     node.target = expand
-    node.meta[UPDATES] = [*params, *state]
+    node.meta[_torch.UPDATES] = [*params, *state]
     device = next(iter(event.params)).read(optimizer).device
     values = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, [captured.slots[slot] for slot in event.lr], values)
