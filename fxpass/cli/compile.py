@@ -45,7 +45,9 @@ class CompileResult:
 @click.option("--device", metavar="DEVICE", help="build and compile for this device, which must be here")
 @backend_options
 @common_options
-def compile_(target: str, device: str | None, options: dict[str, Any], as_json: bool, traceback: bool) -> int:
+def compile_(
+    target: str, *, device: str | None, options: dict[str, Any], as_json: bool, traceback: bool
+) -> int:
     """Compile TARGET's step into the cache on disk; exits with 1 if it cannot be kept there.
 
     The model is built, and the step runs once. A training that calls it with the same options and sizes,

@@ -32,6 +32,7 @@ class ExplainResult:
 @common_options
 def explain(
     words: tuple[str, ...],
+    *,
     inserted: bool,
     options: dict[str, Any],
     device: str | None,

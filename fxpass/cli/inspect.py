@@ -32,6 +32,7 @@ from .usage import UsageProblem
 @common_options
 def inspect(
     target: str,
+    *,
     launches: bool,
     of: str,
     options: dict[str, Any],

@@ -61,6 +61,7 @@ class MemoryResult:
 @common_options
 def memory(
     words: tuple[str, ...],
+    *,
     at: str | None,
     compare: tuple[str, ...],
     of: str,
@@ -103,7 +104,7 @@ def memory(
         for name, p, run in zip(modes, profiles, runs, strict=True)
     ]
     result = MemoryResult(target, first.tensors, first.device, first.notes, tuple(summaries))
-    _write_files(target, first, profiles[0], png, html, trace)
+    _write_files(target, first, profiles[0], png=png, html=html, trace=trace)
     if as_json:
         print_json("memory", result)
     else:
@@ -150,6 +151,7 @@ def _write_files(
     target: str,
     run: DryRun,
     profile: MemoryProfile,
+    *,
     png: Path | None,
     html: Path | None,
     trace: Path | None,

@@ -35,7 +35,7 @@ class PassesResult:
 
 @click.option("--verbose", is_flag=True, help="what each pass requires, uses and ensures instead")
 @common_options
-def passes(verbose: bool, as_json: bool, traceback: bool) -> None:
+def passes(*, verbose: bool, as_json: bool, traceback: bool) -> None:
     """List the passes in the order they run, with one line each.
 
     \b
