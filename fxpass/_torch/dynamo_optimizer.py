@@ -164,13 +164,13 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
     dynamic = _hyperparameters(self, tx, counters)
     record.events.append(
         StepEvent(
-            index,
-            record.number_of(self.value),
-            weakref.ref(self.value),
-            params,
-            [d for d, _ in dynamic],
-            user_line(),
-            counters,
+            index=index,
+            number=record.number_of(self.value),
+            optimizer=weakref.ref(self.value),
+            params=params,
+            dynamic=[d for d, _ in dynamic],
+            where=user_line(),
+            counters=counters,
         )
     )
     arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])

@@ -107,12 +107,12 @@ def _question(graph: torch.fx.Graph, last: Node) -> _Question | None:
     if written_data(graph.nodes) & storages(nodes):
         return None
     return _Question(
-        [arg.source for arg in inputs.values()],
-        list(inputs),
-        [arg.pass_arg_as_tensor for arg in inputs.values()],
-        [(n, _function(n), n.args, n.kwargs) for n in calls],
-        {n: v._version for n, v in tensors.items() if n not in inputs},
-        last,
+        sources=[arg.source for arg in inputs.values()],
+        inputs=list(inputs),
+        as_tensor=[arg.pass_arg_as_tensor for arg in inputs.values()],
+        calls=[(n, _function(n), n.args, n.kwargs) for n in calls],
+        writes={n: v._version for n, v in tensors.items() if n not in inputs},
+        last=last,
     )
 
 

@@ -131,7 +131,14 @@ def _consider(
         where = user_line(getattr(broke, "real_stack", None))
         ways = Ways(parent.f_code)
         skippable = function is _STORES or ways.skips_only(ways.after(parent.current_instruction.offset))
-        broke.fxpass_setup = SetUp(function, values, keywords, where, parent.f_code, skippable)
+        broke.fxpass_setup = SetUp(
+            function=function,
+            arguments=values,
+            keywords=keywords,
+            where=where,
+            caller=parent.f_code,
+            skippable=skippable,
+        )
         return
     broke.fxpass_closed = True
     call = getattr(broke, "fxpass_setup", None)

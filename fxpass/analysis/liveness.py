@@ -96,16 +96,16 @@ def liveness(step: StepGraph) -> Liveness:
     roles = _Roles(step)
     storages = tuple(
         Storage(
-            s.name,
-            tuple(n.name for n in s.members),
-            roles.of(s),
-            phase(s.node).value,
-            s.tensor.dtype,
-            tuple(s.tensor.shape),
-            storage_bytes(s.tensor),
-            s.birth,
-            s.death,
-            s.node.op != "call_function",
+            name=s.name,
+            members=tuple(n.name for n in s.members),
+            role=roles.of(s),
+            phase=phase(s.node).value,
+            dtype=s.tensor.dtype,
+            shape=tuple(s.tensor.shape),
+            size=storage_bytes(s.tensor),
+            birth=s.birth,
+            death=s.death,
+            external=s.node.op != "call_function",
         )
         for s in opened
     )
@@ -142,7 +142,9 @@ def _value(node: Node, values: Mapping[Node, Value], opened: list[_Open], birth:
         if not isinstance(value, Tensor):
             return None
         death = birth if birth >= 0 else end
-        opened.append(_Open(node, name, value, birth, [], death, []))
+        opened.append(
+            _Open(node=node, name=name, tensor=value, birth=birth, members=[], death=death, users=[])
+        )
         return len(opened) - 1
 
     return new(node.meta.get("val"), node.name)

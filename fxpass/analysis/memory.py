@@ -310,17 +310,17 @@ def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Ite
     for s in alive.storages:
         node = nodes[s.members[0]]
         yield LiveTensor(
-            step.names.get(node, s.name),
-            node.name,
-            s.role,
-            s.phase,
-            str(s.dtype).removeprefix("torch."),
-            "x".join(map(str, s.shape)) or "scalar",
-            user_place(node),
-            s.size,
-            0,
-            s.birth,
-            s.death,
+            name=step.names.get(node, s.name),
+            node=node.name,
+            role=s.role,
+            phase=s.phase,
+            dtype=str(s.dtype).removeprefix("torch."),
+            shape="x".join(map(str, s.shape)) or "scalar",
+            where=user_place(node),
+            size=s.size,
+            bytes=0,
+            birth=s.birth,
+            death=s.death,
         )
 
 
@@ -335,7 +335,19 @@ def _scratch(alive: Liveness, nodes: Mapping[str, Node]) -> Iterable[LiveTensor]
 def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, index: int) -> LiveTensor:
     """What a library call allocates and frees inside; ``sized`` fills in the bytes."""
     role = "temporary"
-    return LiveTensor(f"scratch of {name}", node, role, phase, "uint8", str(size), "", size, 0, index, index)
+    return LiveTensor(
+        name=f"scratch of {name}",
+        node=node,
+        role=role,
+        phase=phase,
+        dtype="uint8",
+        shape=str(size),
+        where="",
+        size=size,
+        bytes=0,
+        birth=index,
+        death=index,
+    )
 
 
 def parameter_count(step: StepGraph) -> int:

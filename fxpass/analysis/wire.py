@@ -60,15 +60,15 @@ def transfers(step: StepGraph, ranks: int) -> tuple[Transfer, ...]:
         sent = _SENT.get(op_name(node.target), sympy.Integer(1)) * size
         collectives.append(
             Transfer(
-                node.name,
-                op_name(node.target),
-                phase(node).value,
-                str(tensor(parts[0]).dtype).removeprefix("torch."),
-                size,
-                str(sympy.factor(sent)),
-                int(sent.subs(RANKS, ranks)),
-                sum(index in during for index in products),
-                start < last,
+                node=node.name,
+                operator=op_name(node.target),
+                phase=phase(node).value,
+                dtype=str(tensor(parts[0]).dtype).removeprefix("torch."),
+                bytes=size,
+                formula=str(sympy.factor(sent)),
+                sent=int(sent.subs(RANKS, ranks)),
+                products=sum(index in during for index in products),
+                early=start < last,
             )
         )
     return tuple(collectives)

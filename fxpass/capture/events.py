@@ -64,14 +64,14 @@ def _event(traced: _torch.StepEvent, names: Mapping[str, str]) -> Event:
             reads[slot] = param.read
     rates = [Slot(traced.number, g, key="lr") for g in range(len(traced.live().param_groups))]
     return Event(
-        traced.index,
-        traced.number,
-        traced.live,
-        {slot: node for slot, node in nodes.items() if slot in reads},
-        reads,
-        {slot: node for slot, node in nodes.items() if slot not in reads},
-        [lr for lr in rates if lr not in traced.counters],
-        traced.dynamic,
-        traced.where,
+        index=traced.index,
+        number=traced.number,
+        optimizer=traced.live,
+        params={slot: node for slot, node in nodes.items() if slot in reads},
+        reads=reads,
+        without={slot: node for slot, node in nodes.items() if slot not in reads},
+        lr=[lr for lr in rates if lr not in traced.counters],
+        dynamic=traced.dynamic,
+        where=traced.where,
         counters=traced.counters,
     )

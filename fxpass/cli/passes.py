@@ -44,12 +44,12 @@ def passes(*, verbose: bool, as_json: bool, traceback: bool) -> None:
     """
     infos = tuple(
         PassInfo(
-            cls.name,
-            first_line(cls),
-            tuple(f.name for f in dataclasses.fields(cls)),
-            _names(cls.requires),
-            _names(cls.uses),
-            _names(cls.ensures),
+            name=cls.name,
+            summary=first_line(cls),
+            options=tuple(f.name for f in dataclasses.fields(cls)),
+            requires=_names(cls.requires),
+            uses=_names(cls.uses),
+            ensures=_names(cls.ensures),
         )
         for cls in PASSES
     )

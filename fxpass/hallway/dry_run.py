@@ -148,7 +148,18 @@ def _attempt(
     device = _device(graphs[0])
     record = backend.graphs[-1]
     of = profiled[-1]
-    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks[0], tuple(sent), compiled)
+    return DryRun(
+        record=record,
+        step=graphs[0],
+        views=views,
+        tensors=kind,
+        device=device,
+        memory_of=of,
+        notes=tuple(notes),
+        ranks=ranks[0],
+        transfers=tuple(sent),
+        kernels=compiled,
+    )
 
 
 def _profiler(

@@ -178,17 +178,17 @@ class _Compilation:
             self._note(self.on_disk, "hit")
             keep.warn_again(self.on_disk.warned)
         return CompiledStep(
-            call,
-            extras,
-            {event.number: event.optimizer for event in events},
-            self.captured.outputs,
-            sorted(self.captured.numbers),
-            self.captured.kept,
-            self._cleared(),
-            self._dropped() if self.options.grads == "drop" else [],
-            self.state.reporter,
-            checks.module_hooks_stay(self.record),
-            [i for i, node in enumerate(self.captured.inputs) if node in self.captured.shards],
+            call=call,
+            extras=extras,
+            optimizers={event.number: event.optimizer for event in events},
+            outputs=self.captured.outputs,
+            numbers=sorted(self.captured.numbers),
+            kept=self.captured.kept,
+            cleared=self._cleared(),
+            dropped=self._dropped() if self.options.grads == "drop" else [],
+            reporter=self.state.reporter,
+            holds=checks.module_hooks_stay(self.record),
+            parts=[i for i, node in enumerate(self.captured.inputs) if node in self.captured.shards],
         )
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -215,13 +215,30 @@ class _Compilation:
         after = to_text(step)
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
-            record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
+            record = GraphRecord(
+                before=before,
+                after=after,
+                passes=passes,
+                unreached=unreached,
+                seconds=self.clock.cpu,
+                memory=memory,
+                escaping=escaping,
+            )
             self._keep(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
         comparisons = [event.assumed.comparisons if event.assumed else () for event in self.events]
-        kept = keep.Kept(before, after, passes, lowered.memory, columns, comparisons, lowered.calls, warned)
+        kept = keep.Kept(
+            before=before,
+            after=after,
+            passes=passes,
+            memory=lowered.memory,
+            columns=columns,
+            comparisons=comparisons,
+            calls=lowered.calls,
+            warned=warned,
+        )
         self._note(kept, self.cache)
         return keep.as_code(lowered, kept)
 
@@ -247,7 +264,13 @@ class _Compilation:
         unreached = checks.unreached(self.events)
         escaping = checks.escaping(self.record, self.names, self.captured.kept)
         record = GraphRecord(
-            kept.before, kept.after, kept.passes, unreached, self.clock.cpu, kept.memory, escaping
+            before=kept.before,
+            after=kept.after,
+            passes=kept.passes,
+            unreached=unreached,
+            seconds=self.clock.cpu,
+            memory=kept.memory,
+            escaping=escaping,
         )
         record.wall, record.cache = self.clock.wall, cache
         self._keep(record)

@@ -56,16 +56,16 @@ def explain_node(graph: GraphView, node: NodeView, removed_by: str = "") -> Expl
     why = why_dtype(graph, node)
     text = node.line().partition("  # ")[0]
     return Explanation(
-        node.name,
-        text,
-        node.phase,
-        made_by,
-        node.reason,
-        sources,
-        tuple(graph.readers.get(node.name, ())),
-        node.dtype,
-        why,
-        node.where,
-        node.module,
-        removed_by,
+        node=node.name,
+        text=text,
+        phase=node.phase,
+        made_by=made_by,
+        reason=node.reason,
+        sources=sources,
+        readers=tuple(graph.readers.get(node.name, ())),
+        dtype=node.dtype,
+        why_dtype=why,
+        where=node.where,
+        module=node.module,
+        removed_by=removed_by,
     )

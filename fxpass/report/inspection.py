@@ -75,22 +75,22 @@ def inspection(target: str, run: DryRun, *, with_launches: bool = False) -> Insp
     before, after = run.views[CAPTURED], run.final
     record = run.record
     return Inspection(
-        target,
-        run.tensors,
-        run.device,
-        run.notes,
-        run.parameters,
-        {name: round(record.seconds.get(name, 0.0), 3) for name in STAGES},
-        _regions(before, after),
-        tuple(replace(p, seconds=round(p.seconds, 3)) for p in record.passes),
-        _precision(after),
-        _float32(after),
-        record.unreached,
-        record.escaping,
-        summary(run.memory, run.memory_of),
-        run.ranks,
-        run.transfers,
-        launches(run) if with_launches and run.memory_of == PROGRAM else None,
+        target=target,
+        tensors=run.tensors,
+        device=run.device,
+        notes=run.notes,
+        parameters=run.parameters,
+        seconds={name: round(record.seconds.get(name, 0.0), 3) for name in STAGES},
+        regions=_regions(before, after),
+        passes=tuple(replace(p, seconds=round(p.seconds, 3)) for p in record.passes),
+        precision=_precision(after),
+        float32=_float32(after),
+        no_gradient=record.unreached,
+        escaping=record.escaping,
+        memory=summary(run.memory, run.memory_of),
+        ranks=run.ranks,
+        transfers=run.transfers,
+        launches=launches(run) if with_launches and run.memory_of == PROGRAM else None,
     )
 
 
