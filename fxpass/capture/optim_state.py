@@ -272,7 +272,7 @@ def _telling_first(optimizer: Optimizer, slot: Slot, where: str) -> str | None:
         raise OptimizerError(found, where=where, hint=hint)
     first = other.state.first
     made_alike = all(equal(value, one.state.first.get(key)) for key, value in first.items())
-    if made_alike and _same(try_step(optimizer, slot, [1.0], where, first), one):
+    if made_alike and _same(try_step(optimizer, slot, [1.0], where, state=first), one):
         return None
     for key, value in one.state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():

@@ -60,10 +60,10 @@ def capture(
     gm: GraphModule,
     record: _torch.FrameRecord,
     events: list[Event],
+    *,
     scaler_fields: Sequence[str],
     shards: Mapping[str, Shard],
     names: Mapping[str, str],
-    *,
     keep_grads: bool,
 ) -> Captured:
     """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it.

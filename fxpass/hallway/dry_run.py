@@ -7,6 +7,7 @@ weights exist, so that a step too large for this machine can be looked at.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -92,11 +93,14 @@ def dry_run(
     Raises:
         FxpassError: the step cannot be captured whole.
     """
+    attempt = functools.partial(
+        _attempt, make, options, device, points=points, dynamic=dynamic, of=of, kernels=kernels
+    )
     if tensors == "real":
-        return _attempt(make, options, device, False, points, dynamic, of, kernels)
+        return attempt(fake=False)
     before = _fake_bytes()
     try:
-        return _attempt(make, options, device, True, points, dynamic, of, kernels)
+        return attempt(fake=True)
     except CaptureError:
         raise  # a graph break is one with real tensors too
     except Exception as error:
@@ -104,7 +108,7 @@ def dry_run(
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     gc.collect()
-    run = _attempt(make, options, device, False, points, dynamic, of, kernels)
+    run = attempt(fake=False)
     return replace(run, notes=(f"not with fake tensors: {reason}", *run.notes))
 
 
@@ -112,6 +116,7 @@ def _attempt(
     make: Callable[[], Call],
     options: Mapping[str, Any],
     device: str | None,
+    *,
     fake: bool,
     points: Collection[str] | None,
     dynamic: bool | None,

@@ -104,7 +104,7 @@ def compile_frame(
     state.compilations.refuse(record)
     undo: list[Callable[[], None]] = []
     try:
-        compilation = _Compilation(options, state, gm, inputs, mode, record)
+        compilation = _Compilation(options, state, gm, inputs, mode=mode, record=record)
         for event in compilation.events:
             undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
             event.habits = optim_state.habits_of(event.optimizer(), list(event.params), event.where)
@@ -140,6 +140,7 @@ class _Compilation:
         state: StepState,
         gm: GraphModule,
         inputs: Sequence[Any],
+        *,
         mode: str | None,
         record: _torch.FrameRecord,
     ) -> None:
@@ -162,7 +163,13 @@ class _Compilation:
             self.options.check_sharded()
             checks.check_all_sharded(self.record, events, shards, self.names)
         self.captured = capture(
-            self.gm, self.record, events, fields, shards, self.names, keep_grads=keep_grads
+            self.gm,
+            self.record,
+            events,
+            scaler_fields=fields,
+            shards=shards,
+            names=self.names,
+            keep_grads=keep_grads,
         )
         self.watch = Watch.make(len(self.captured.gradients), device) if events else None
         extras = Extras(scaler, self.watch, device)
@@ -171,7 +178,12 @@ class _Compilation:
         not_inference = checks.still_requires_grad(self.record, self.state.last_break)
         with stage("capture"):
             call = _torch.trace(
-                self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference, warm
+                self.captured.gm,
+                self.inputs,
+                extras.tensors(),
+                compiler=self._inner,
+                not_inference=not_inference,
+                warm=warm,
             )
         if self.on_disk is not None:
             self._describe(self.on_disk.columns)
@@ -247,7 +259,12 @@ class _Compilation:
         if self.record.replicas or self.captured.shards:
             return None, "ranks agree on each compilation"
         return keep.warm(
-            self.options, self.mode, self.captured, self.names, [*self.inputs, *extras], self._restore
+            self.options,
+            self.mode,
+            self.captured,
+            names=self.names,
+            inputs=[*self.inputs, *extras],
+            restore=self._restore,
         )
 
     def _restore(self, kept: keep.Kept) -> None:

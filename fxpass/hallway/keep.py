@@ -84,6 +84,7 @@ def warm(
     options: Options,
     mode: str | None,
     captured: Captured,
+    *,
     names: Mapping[str, str],
     inputs: Sequence[Any],
     restore: Callable[[Kept], None],

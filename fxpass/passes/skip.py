@@ -56,12 +56,12 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
         mark, overflow = update.mark, checked.found_inf[update.event]
         final = finals.pop(step.slots[update.slot], None)
         reason = "one gradient of the step is not finite: the update is skipped whole"
-        _keep(edit, mark, 0, overflow, source(mark, 3), reason)
+        _keep(edit, mark, 0, overflow, source(mark, 3), reason=reason)
         if overflow is not last and final is not None:
             reason = "a gradient of a later optimizer is not finite: the step is skipped whole"
-            _keep(edit, final, 1, last, source(mark, 3), reason)
+            _keep(edit, final, 1, last, source(mark, 3), reason=reason)
     for write in statistics:
-        _keep(edit, write, 1, last, source(write), "depends on a gradient, and the step is skipped")
+        _keep(edit, write, 1, last, source(write), reason="depends on a gradient, and the step is skipped")
 
 
 def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
@@ -78,14 +78,21 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
             values = _checks(step, group.body, event=event)
             overflow = _verdict(edit, values) if values else checked.found_inf[event]
             for mark in (update.mark for update in own if update.event == event):
-                _keep(edit, mark, 0, overflow, source(mark, 3), "this parameter's own gradient is not finite")
+                _keep(
+                    edit,
+                    mark,
+                    0,
+                    overflow,
+                    source(mark, 3),
+                    reason="this parameter's own gradient is not finite",
+                )
     for write in statistics:  # of gradients that no optimizer reads nothing is known but what they led to
         known = set(read[write]) <= set(checked.gradients)
         overflow = _verdict(edit, checks[write]) if known else last
-        _keep(edit, write, 1, overflow, source(write), "a gradient it depends on is not finite")
+        _keep(edit, write, 1, overflow, source(write), reason="a gradient it depends on is not finite")
 
 
-def _keep(edit: Editor, node: Node, index: int, overflow: Node, old: Node, reason: str) -> None:
+def _keep(edit: Editor, node: Node, index: int, overflow: Node, old: Node, *, reason: str) -> None:
     """Make argument ``index`` of ``node`` the ``old`` value where ``overflow``."""
     when = Phase.UPDATE if index == 0 else Phase.AFTER
     if (
