@@ -144,11 +144,11 @@ def of(step: Callable[..., Any]) -> MixedPrecision:
     if isinstance(handle := getattr(step, "handle", None), MixedPrecision):  # fxpass.step(...)
         return handle
     backend = _torch.backend_of(step)
-    found = _find(backend) if backend is not None else None
-    if found is None:
+    ours = _find(backend) if backend is not None else None
+    if ours is None:
         hint = "pass what torch.compile(step, backend='mixedprec') returned"
         raise OptionError(f"{step!r} is not a step compiled by fxpass", hint=hint)
-    return found
+    return ours
 
 
 def _find(compiler_fn: Any) -> MixedPrecision | None:

@@ -40,6 +40,8 @@ from .handles import backend_of as backend_of
 from .handles import innermost as innermost
 from .handles import is_argument as is_argument
 from .handles import source_name as source_name
+from .in_place import UPDATES as UPDATES
+from .in_place import written as written
 from .inductor import Compiled as Compiled
 from .inductor import bare_call as bare_call
 from .inductor import compile_graph as compile_graph

@@ -35,6 +35,7 @@ def trace(
     gm: GraphModule,
     inputs: Sequence[Any],
     extras: Sequence[torch.Tensor],
+    *,
     compiler: Compiler,
     not_inference: FxpassError,
     warm: warm_start.Warm | None = None,

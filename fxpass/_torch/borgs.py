@@ -59,7 +59,7 @@ def refuse_two_ways(record: FrameRecord, effects: Any) -> None:
 def _attributes(value: Any) -> dict[str, Any] | None:
     """The ``__dict__``, whatever the class makes of a look-up."""
     try:
-        found = object.__getattribute__(value, "__dict__")
+        attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return None
-    return found if isinstance(found, dict) else None
+    return attributes if isinstance(attributes, dict) else None

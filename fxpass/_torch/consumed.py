@@ -35,8 +35,8 @@ def _note_hook(_: Callable[..., Any]) -> Callable[..., Any]:
 def _gone_through(graph: Any) -> set[Any]:
     """The nodes of autograd that the frame's backwards went through."""
     record = record_of_frame()
-    found = graph.autograd_grad_consumed_grad_fns | record.traversed
-    return found | traversed(graph.graph) if record.events else found
+    consumed = graph.autograd_grad_consumed_grad_fns | record.traversed
+    return consumed | traversed(graph.graph) if record.events else consumed
 
 
 def _is_consumed(variable: Any, behind: set[Any], within: Container[Any] = ()) -> bool:

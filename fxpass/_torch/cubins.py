@@ -41,17 +41,17 @@ def kernels_loaded() -> Iterator[list[list[Resources]]]:
         modules.append(load(*args, **kwargs))
         return modules[-1]
 
-    found: list[list[Resources]] = []
+    loaded: list[list[Resources]] = []
     with mock.patch.object(PyCodeCache, "load_by_key_path", load_by_key_path):
-        yield found
+        yield loaded
     kernels = {id(k): k for m in modules for k in vars(m).values() if hasattr(k, "launchers")}
-    found += [sizes for kernel in kernels.values() if (sizes := _sizes(kernel))]
+    loaded += [sizes for kernel in kernels.values() if (sizes := _sizes(kernel))]
 
 
 def _sizes(kernel: Any) -> list[Resources]:
     keys = [key for launcher in kernel.launchers if (key := getattr(launcher, "cache_hash", None))]
-    found = (Path(cache_dir()).glob(f"triton/*/{key}/*.cubin") for key in keys)
-    return [resources(path) for paths in found for path in sorted(paths)]
+    files = (Path(cache_dir()).glob(f"triton/*/{key}/*.cubin") for key in keys)
+    return [resources(path) for paths in files for path in sorted(paths)]
 
 
 @cache
@@ -62,7 +62,7 @@ def resources(cubin: Path) -> Resources:
     assert triton.origin is not None
     tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found, said
+    match = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert match, said
     about = json.loads(cubin.with_suffix(".json").read_text())
-    return Resources(about["name"], about["target"]["arch"], int(found[1]), int(found[2]))
+    return Resources(about["name"], about["target"]["arch"], int(match[1]), int(match[2]))

@@ -84,7 +84,7 @@ def backward(
             grad = hooked_gradient(tx, leaf, grad)
             old = leaf.var_getattr(tx, "grad")
             if not is_none(old):
-                record.found.setdefault(name, old.as_proxy().node.name)
+                record.earlier_grads.setdefault(name, old.as_proxy().node.name)
                 grad = call(tx, torch.add, old, grad)
             if replica is not None and not early:
                 grad = averaged(tx, grad, replica, number, name) if replica.syncs else grad

@@ -164,13 +164,13 @@ def _optimizer_step(self: Any, tx: Any, closure: Any = None, *args: Any, **kwarg
     dynamic = _hyperparameters(self, tx, counters)
     record.events.append(
         StepEvent(
-            index,
-            record.number_of(self.value),
-            weakref.ref(self.value),
-            params,
-            [d for d, _ in dynamic],
-            user_line(),
-            counters,
+            index=index,
+            number=record.number_of(self.value),
+            optimizer=weakref.ref(self.value),
+            params=params,
+            dynamic=[d for d, _ in dynamic],
+            where=user_line(),
+            counters=counters,
         )
     )
     arguments = (index, nodes, grads, [proxy for _, proxy in dynamic])
@@ -188,11 +188,11 @@ def _hyperparameters(self: Any, tx: Any, counters: Container[Slot]) -> list[tupl
     """
     groups = AttrSource(self.source, "param_groups")
     number = record_of_frame().number_of(self.value)
-    found: list[tuple[Slot, Any]] = []
+    settings: list[tuple[Slot, Any]] = []
     for g, group in enumerate(self.value.param_groups):
         source = GetItemSource(groups, g)
         written = _written_settings(tx, group, source)
-        found += [(Slot(number, g, key=key), value) for key, value in written.items()]
+        settings += [(Slot(number, g, key=key), value) for key, value in written.items()]
         for key in self.value.defaults:
             # load_state_dict adds defaults of torch's that the groups of a user's own optimizer lack
             if (
@@ -215,8 +215,8 @@ def _hyperparameters(self: Any, tx: Any, counters: Container[Slot]) -> list[tupl
                 if not variable.is_python_constant():
                     # a guard, for the optimizer's Python branches on it: "if weight_decay != 0"
                     bool(variable.as_proxy().node.meta["example_value"] != 0)
-                    found.append((Slot(number, g, key=key, item=item), variable.as_proxy()))
-    return found
+                    settings.append((Slot(number, g, key=key, item=item), variable.as_proxy()))
+    return settings
 
 
 def _written_settings(tx: Any, group: dict[str, Any], source: Any) -> dict[str, Any]:
@@ -224,14 +224,14 @@ def _written_settings(tx: Any, group: dict[str, Any], source: Any) -> dict[str, 
     variable = tx.output.side_effects.id_to_variable.get(id(group))
     if variable is None or not tx.output.side_effects.is_modified(variable):
         return {}
-    found = {}
+    settings = {}
     for key in group.keys() - {"params"}:
         value = variable.call_method(tx, "__getitem__", [ConstantVariable.create(key)], {})
         if value.source == DictGetItemSource(source, key):
             continue
         value = value.realize()
-        found[key] = value.as_python_constant() if value.is_python_constant() else value.as_proxy()
-    return found
+        settings[key] = value.as_python_constant() if value.is_python_constant() else value.as_proxy()
+    return settings
 
 
 def _module_zero_grad(module: Any, set_to_none: bool = True) -> None:

@@ -157,7 +157,7 @@ def _fork(tx: Any, inst: Any, record: FrameRecord) -> bool:
     for when, unless, jumping in ((taken, other, jumps), (other, taken, not jumps)):
         tx.stack[:] = before.stack if jumping and keeps else before.stack[:-1]
         tx.instruction_pointer = tx.indexof[inst.target] if jumping else start + 1
-        sides.append(_side(tx, before, join, record, when, unless))
+        sides.append(_side(tx, before, join, record, when=when, unless=unless))
         before.restore(tx)
     for when, side in ((other, sides[0]), (taken, sides[1])):
         if side.raises:
@@ -165,7 +165,7 @@ def _fork(tx: Any, inst: Any, record: FrameRecord) -> bool:
     left = [side for side in sides if not side.raises]
     if not left:
         raise Declined("both of its sides raise")
-    _leave(tx, join, left[0] if len(left) == 1 else _merged(tx, before, taken, left[0], left[1], join))
+    _leave(tx, join, left[0] if len(left) == 1 else _merged(tx, before, taken, left[0], left[1], join=join))
     return join != END
 
 
@@ -205,7 +205,7 @@ class _State:
         )
 
 
-def _side(tx: Any, before: _State, join: int, record: FrameRecord, when: Any, unless: Any) -> _Side:
+def _side(tx: Any, before: _State, join: int, record: FrameRecord, *, when: Any, unless: Any) -> _Side:
     """Trace from the translator's position to ``join``, for the side of the condition ``when``."""
     graph = tx.output.current_tracer.graph
     last, told = next(iter(reversed(graph.nodes))), len(record.told)
@@ -230,7 +230,7 @@ def _side(tx: Any, before: _State, join: int, record: FrameRecord, when: Any, un
     return _Side(stack=list(tx.stack), names=dict(tx.symbolic_locals), result=result)
 
 
-def _merged(tx: Any, before: _State, taken: Any, a: _Side, b: _Side, join: int) -> _Side:
+def _merged(tx: Any, before: _State, taken: Any, a: _Side, b: _Side, *, join: int) -> _Side:
     both = lambda one, two: select(tx, before.storages, taken, one, two)  # noqa: E731
     if join == END:
         return _Side(result=both(a.result, b.result))

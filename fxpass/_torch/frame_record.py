@@ -80,7 +80,7 @@ class FrameRecord:
     escaping: dict[str, str] = field(
         default_factory=dict
     )  # leaf -> its gradient, which leaves without a step
-    found: dict[str, str] = field(
+    earlier_grads: dict[str, str] = field(
         default_factory=dict
     )  # leaf -> what its .grad held before the first backward()
     # as they were met, outermost first, each with the expression that reached it

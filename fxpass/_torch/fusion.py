@@ -66,8 +66,8 @@ def _calls_between(scheduler: Scheduler, node1: BaseSchedulerNode, node2: BaseSc
 
 def _library_calls(scheduler: Any) -> list[int]:
     """Positions of library calls in the order before fusion, found once per graph."""
-    found = getattr(scheduler, "_fxpass_library_calls", None)
-    if found is None:
-        found = [n.min_order for n in scheduler.nodes if isinstance(n, ExternKernelSchedulerNode)]
-        scheduler._fxpass_library_calls = found
-    return found
+    positions = getattr(scheduler, "_fxpass_library_calls", None)
+    if positions is None:
+        positions = [n.min_order for n in scheduler.nodes if isinstance(n, ExternKernelSchedulerNode)]
+        scheduler._fxpass_library_calls = positions
+    return positions

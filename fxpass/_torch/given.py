@@ -9,7 +9,6 @@ them, decide nothing: half of the forward would run before each call.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node, map_arg
 
 from .dynamo_common import user_line
+from .in_place import written
 from .selects import keeps_statistics, storages, written_data
 
 MOST = 256  # operations that lead to a condition: they are run again before each call
@@ -90,7 +90,7 @@ def _question(graph: torch.fx.Graph, last: Node) -> _Question | None:
     waiting, needed = [last], {last}
     while waiting:
         node = waiting.pop()
-        fresh = {*node.all_input_nodes, *(user for user in node.users if _writes(user, node))} - needed
+        fresh = {*node.all_input_nodes, *(user for user in node.users if node in written(user))} - needed
         needed |= fresh
         waiting.extend(fresh)
         if len(needed) > MOST:
@@ -101,29 +101,19 @@ def _question(graph: torch.fx.Graph, last: Node) -> _Question | None:
     tensors = {n: v for n in nodes if isinstance(v := n.meta.get("example_value"), torch.Tensor)}
     known = len(nodes) == len(needed) and all(getattr(arg, "source", None) for arg in inputs.values())
     trained = any(v.requires_grad for v in tensors.values())
-    written = any(tensors[n]._version for n in inputs if n in tensors)
-    if not inputs or not known or trained or written or not all(map(_is_plain, calls)):
+    changed = any(tensors[n]._version for n in inputs if n in tensors)
+    if not inputs or not known or trained or changed or not all(map(_is_plain, calls)):
         return None
     if written_data(graph.nodes) & storages(nodes):
         return None
     return _Question(
-        [arg.source for arg in inputs.values()],
-        list(inputs),
-        [arg.pass_arg_as_tensor for arg in inputs.values()],
-        [(n, _function(n), n.args, n.kwargs) for n in calls],
-        {n: v._version for n, v in tensors.items() if n not in inputs},
-        last,
+        sources=[arg.source for arg in inputs.values()],
+        inputs=list(inputs),
+        as_tensor=[arg.pass_arg_as_tensor for arg in inputs.values()],
+        calls=[(n, _function(n), n.args, n.kwargs) for n in calls],
+        writes={n: v._version for n, v in tensors.items() if n not in inputs},
+        last=last,
     )
-
-
-def _writes(call: Node, node: Node) -> bool:
-    """Whether ``call`` may write to what ``node`` made."""
-    if call.kwargs.get("out") is node:
-        return True
-    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    operators = call.target is operator.setitem or (name.startswith("i") and hasattr(operator, f"__{name}__"))
-    return call.args[:1] == (node,) and (in_place or operators)
 
 
 def _is_plain(node: Node) -> bool:

@@ -37,8 +37,8 @@ def gradient_calls(graph: Graph) -> list[Node]:
 
 def behind(values: Sequence[Tensor]) -> set[Any]:
     """The nodes of autograd that a backward from fake values goes through; a leaf's is anybody's."""
-    found = output_graph.collect_reachable_grad_fns([(value, None) for value in values])
-    return {fn for fn in found if type(fn).__name__ != "AccumulateGrad"}
+    reached = output_graph.collect_reachable_grad_fns([(value, None) for value in values])
+    return {fn for fn in reached if type(fn).__name__ != "AccumulateGrad"}
 
 
 def traversed(graph: Graph) -> set[Any]:
@@ -50,14 +50,14 @@ def traversed(graph: Graph) -> set[Any]:
 
 def values_of_transforms(graph: Graph) -> set[Node]:
     """What depends on a gradient of torch.func's, or on what it was taken of: autograd follows it, too."""
-    found: set[Node] = set()
+    dependent: set[Node] = set()
     for call in gradient_calls(graph):
         if call.target is not torch.autograd.grad:
-            found.update([call, *_nodes(gradient_arguments(call)["outputs"])])
+            dependent.update([call, *_nodes(gradient_arguments(call)["outputs"])])
     for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+        if not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
 
 
 def enters_forward_mode(node: Node) -> int:
@@ -108,11 +108,11 @@ def with_marks(function: Callable[..., Any], seed: int, grad: int) -> Callable[.
         with torch.no_grad():
             seeds = [torch.ones_like(o) if g is None else g for o, g in zip(outputs, given, strict=True)]
             seeds = tuple(mark(g, SEED, number) for number, g in enumerate(seeds, seed))
-        found = function(outputs, inputs, seeds, *args, **kwargs)
+        gradients = function(outputs, inputs, seeds, *args, **kwargs)
         # an operator of ours has a derivative everywhere but in torch.func's levels
-        wrapped = any(g is not None and is_wrapped(g) for g in found)
+        wrapped = any(g is not None and is_wrapped(g) for g in gradients)
         with torch.no_grad() if wrapped else contextlib.nullcontext():
-            return tuple(g if g is None else mark(g, GRAD, n) for n, g in enumerate(found, grad))
+            return tuple(g if g is None else mark(g, GRAD, n) for n, g in enumerate(gradients, grad))
 
     vars(marked)[TEXT] = f"marked {_name(function)} {seed} {grad}"
     return marked

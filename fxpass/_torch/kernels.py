@@ -39,12 +39,12 @@ class _Kernel:
     @classmethod
     def of(cls, types: list[str], source: str) -> _Kernel | None:
         """None if it is another kind of source, which stays on its own."""
-        found = _SOURCE.match(source)
-        plain = found is not None and not re.search(r"^(?:#|template|static|inline|struct)", found[2], re.M)
-        if found is None or not plain or not all(_TYPES.fullmatch(t.strip()) for t in types):
+        match = _SOURCE.match(source)
+        plain = match is not None and not re.search(r"^(?:#|template|static|inline|struct)", match[2], re.M)
+        if match is None or not plain or not all(_TYPES.fullmatch(t.strip()) for t in types):
             return None
         return cls(
-            tuple(line.strip() for line in found[1].splitlines() if line.strip()), found[2], tuple(types)
+            tuple(line.strip() for line in match[1].splitlines() if line.strip()), match[2], tuple(types)
         )
 
 

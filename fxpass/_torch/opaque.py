@@ -25,12 +25,12 @@ _CELLS: dict[str, Callable[..., Any]] = {
 @contextlib.contextmanager
 def _autograd() -> Iterator[None]:
     """Autograd inside an operator's kernel, which is called with it switched off."""
-    found = torch._C._dispatch_tls_local_exclude_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
     for backend in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
-        found = found.remove(backend)
-    found = found.remove(torch._C.DispatchKey.ADInplaceOrView)
+        exclude = exclude.remove(backend)
+    exclude = exclude.remove(torch._C.DispatchKey.ADInplaceOrView)
     include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, found), torch.enable_grad():
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
         yield
 
 
@@ -102,8 +102,8 @@ def packed_rnn_backward(
     with _autograd(), torch.random.fork_rng(devices):
         torch.cuda.set_rng_state(state, data.device) if devices else torch.set_rng_state(state)
         results = _run_rnn(leaves[0], batch_sizes, leaves[1:count], leaves[count:], mode, *settings)
-        found = torch.autograd.grad(results, leaves, list(grads), allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g.clone() for g, t in zip(found, leaves, strict=True)]
+        gradients = torch.autograd.grad(results, leaves, list(grads), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g.clone() for g, t in zip(gradients, leaves, strict=True)]
 
 
 @packed_rnn_backward.register_fake
@@ -131,9 +131,9 @@ def _rnn_backward(ctx: Any, grads: Any) -> Any:
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(grads, ctx.shapes, strict=False)
     ]
-    found = torch.ops.fxpass.packed_rnn_backward(known, data, sizes, hx, weights, state, *ctx.settings)
+    gradients = torch.ops.fxpass.packed_rnn_backward(known, data, sizes, hx, weights, state, *ctx.settings)
     count = 1 + len(hx)
-    return found[0], None, found[1:count], found[count:], *[None] * len(ctx.settings)
+    return gradients[0], None, gradients[1:count], gradients[count:], *[None] * len(ctx.settings)
 
 
 packed_rnn.register_autograd(_rnn_backward, setup_context=_keep_rnn)
@@ -181,8 +181,8 @@ def _keep_ctc(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _ctc_backward(ctx: Any, grad: Tensor) -> Any:
-    found = torch.ops.fxpass.ctc_loss_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return found, None, None, None, None, None
+    gradient = torch.ops.fxpass.ctc_loss_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return gradient, None, None, None, None, None
 
 
 ctc_loss.register_autograd(_ctc_backward, setup_context=_keep_ctc)

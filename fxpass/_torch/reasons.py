@@ -71,25 +71,25 @@ class _Frame:
         text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
         return re.sub(r"\.size\(\)\[(\d+)\]", r".shape[\1]", text)
 
-    def _variable(self, found: re.Match[str]) -> str:
-        return str(self.value(f"{found['function']}.__code__.co_freevars[{found['number']}]"))
+    def _variable(self, match: re.Match[str]) -> str:
+        return str(self.value(f"{match['function']}.__code__.co_freevars[{match['number']}]"))
 
 
 def _in_words(guard: str, frame: _Frame) -> str:
-    if found := _TENSOR.match(guard):
-        return _of_tensor(found, frame)
-    if found := _OBJECT.match(guard):
-        name = found["name"]
+    if match := _TENSOR.match(guard):
+        return _of_tensor(match, frame)
+    if match := _OBJECT.match(guard):
+        name = match["name"]
         kind = type(frame.value(name)).__name__
         plain = kind in ("bool", "NoneType", "str", "int", "float")
         return f"{frame.plain(name)} is {frame.read(name) if plain else 'another ' + kind} now"
-    if found := _TYPE.match(guard):
-        kind = type(frame.value(found["name"])).__qualname__
-        return f"the type of {frame.plain(found['name'])} was {found['was']}, is {kind}"
-    if found := _FREED.match(guard):
-        return f"{frame.plain(found['name'])} is another object now: the one before was freed"
-    if found := _GLOBAL.match(guard):
-        return f"a setting of torch changed: {', '.join(found['names'].split())}"
+    if match := _TYPE.match(guard):
+        kind = type(frame.value(match["name"])).__qualname__
+        return f"the type of {frame.plain(match['name'])} was {match['was']}, is {kind}"
+    if match := _FREED.match(guard):
+        return f"{frame.plain(match['name'])} is another object now: the one before was freed"
+    if match := _GLOBAL.match(guard):
+        return f"a setting of torch changed: {', '.join(match['names'].split())}"
     if guard.startswith("BACKEND_MATCH"):
         return "the first call through this backend"
     if guard.startswith("Duplicate tensor"):
@@ -97,12 +97,12 @@ def _in_words(guard: str, frame: _Frame) -> str:
     return _of_expression(ast.parse(guard, mode="eval").body, frame)
 
 
-def _of_tensor(found: re.Match[str], frame: _Frame) -> str:
-    name, what, was, now = frame.plain(found["name"]), found["what"], found["was"], found["now"]
+def _of_tensor(match: re.Match[str], frame: _Frame) -> str:
+    name, what, was, now = frame.plain(match["name"]), match["what"], match["was"], match["now"]
     if what == "size":
-        return f"{name}.shape[{found['index']}] was {was}, is {now}"
+        return f"{name}.shape[{match['index']}] was {was}, is {now}"
     if what == "stride":
-        return f"{name}.stride({found['index']}) was {was}, is {now}"
+        return f"{name}.stride({match['index']}) was {was}, is {now}"
     if what == "rank":
         return f"{name}.ndim was {was}, is {now}"
     if what == "dtype":

@@ -20,10 +20,10 @@ def same_hook(original: Callable[..., Any]) -> Callable[..., Any]:
     """For ``VariableBuilder.__call__``: guards for a tensor that is found again, where Dynamo has none."""
 
     def __call__(self: Any, value: Any) -> Any:
-        found = original(self, value)
-        first = found.source if isinstance(value, torch.Tensor) else None
+        variable = original(self, value)
+        first = variable.source if isinstance(value, torch.Tensor) else None
         if first is None or first == self.source:
-            return found
+            return variable
         by_optimizer = is_from_optimizer_source(first) or is_from_optimizer_source(self.source)
         apart = is_from_local_source(first) != is_from_local_source(self.source)
         if by_optimizer or (apart and isinstance(value, torch.nn.Parameter)):
@@ -32,6 +32,6 @@ def same_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         elif apart:
             alike = functools.partial(GuardBuilder.DUPLICATE_INPUT, source_b=first)
             install_guard(self.source.make_guard(alike))
-        return found
+        return variable
 
     return __call__

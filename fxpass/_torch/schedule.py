@@ -215,8 +215,8 @@ def _read_or_not(wrapper: Any, recorder: _Recorder) -> Program:
 
 def _read(wrapper: Any, recorder: _Recorder) -> Program:
     graph = V.graph
-    found = [line for source in wrapper.lines if (line := _line(source, recorder)) is not None]
-    return Program(tuple(graph.graph_input_names), tuple(graph.get_output_names()), tuple(found), _estimate())
+    read = [line for source in wrapper.lines if (line := _line(source, recorder)) is not None]
+    return Program(tuple(graph.graph_input_names), tuple(graph.get_output_names()), tuple(read), _estimate())
 
 
 def _estimate() -> int:
@@ -284,7 +284,15 @@ def _call(node: Any, scratch: Scratch) -> Launch:
     extra = scratch(origin) if isinstance(origin, Node) and origin.op == "call_function" else sympy.Integer(0)
     reads = tuple(dep.name for dep in node.get_read_writes().reads)
     nodes = tuple(dict.fromkeys(made for n in origins if (made := _step_node(n))))
-    return Launch(kernel, reads, _step_node(origin), results, name, extra, nodes)
+    return Launch(
+        kernel=kernel,
+        reads=reads,
+        node=_step_node(origin),
+        results=results,
+        holder=name,
+        scratch=extra,
+        nodes=nodes,
+    )
 
 
 def _text(line: Any) -> Launch | None:

@@ -81,12 +81,14 @@ def inline_hook(original: Callable[..., Any]) -> Callable[..., Any]:
         for known in record.set_up:
             known.entered = known.entered or func.get_code() is known.caller
             if known.is_call(func, args, kwargs):
-                return _again(known, original, parent, func, args, kwargs, **options)
+                return _again(
+                    known, functools.partial(original, parent, func, args, kwargs, **options), parent.output
+                )
         try:
             return original(parent, func, args, kwargs, **options)
         except (exc.Unsupported, exc.UserError) as broke:
             untouched = nodes == len(parent.output.graph.nodes)
-            _consider(record, broke, parent, func, [*args], kwargs, untouched=untouched)
+            _consider(record, broke, parent, func=func, args=[*args], kwargs=kwargs, untouched=untouched)
             raise
 
     return inline_call
@@ -108,10 +110,10 @@ def _consider(
     record: FrameRecord,
     broke: Any,
     parent: Any,
+    *,
     func: Any,
     args: list[Any],
     kwargs: dict[str, Any],
-    *,
     untouched: bool,
 ) -> None:
     """Keep the outermost function around the break that sees no tensor; call it once a model's is reached.
@@ -131,7 +133,14 @@ def _consider(
         where = user_line(getattr(broke, "real_stack", None))
         ways = Ways(parent.f_code)
         skippable = function is _STORES or ways.skips_only(ways.after(parent.current_instruction.offset))
-        broke.fxpass_setup = SetUp(function, values, keywords, where, parent.f_code, skippable)
+        broke.fxpass_setup = SetUp(
+            function=function,
+            arguments=values,
+            keywords=keywords,
+            where=where,
+            caller=parent.f_code,
+            skippable=skippable,
+        )
         return
     broke.fxpass_closed = True
     call = getattr(broke, "fxpass_setup", None)
@@ -151,16 +160,14 @@ def _is_model(variable: Any) -> bool:
 # ---------------------------------------------------------------- the trace after it
 
 
-def _again(
-    known: SetUp, original: Callable[..., Any], parent: Any, func: Any, args: Any, kwargs: Any, **options: Any
-) -> Any:
+def _again(known: SetUp, inline: Callable[[], Any], output: Any) -> Any:
     """Trace it again: it must do nothing, and return what it has returned."""
-    before = _done(parent.output)
+    before = _done(output)
     try:
-        result = original(parent, func, args, kwargs, **options)
+        result = inline()
     except (exc.Unsupported, exc.UserError):
         raise fail(known.refusal("it cannot be traced the second time either")) from None
-    if _done(parent.output) != before:
+    if _done(output) != before:
         raise fail(known.refusal("the second time, it does something again"))
     if not _equal(result, known.result):
         raise fail(known.refusal("the second time, it returns something else"))

@@ -83,10 +83,10 @@ class StepCode(OutputCode):
 
     def _load(self, constants: Any, example_inputs: Any, graph_kwargs: Any) -> None:
         for part in self.parts:
-            found, _ = FxGraphCache.cache_hit_post_compile(part, {}, constants)
-            if found is None:
+            graph, _ = FxGraphCache.cache_hit_post_compile(part, {}, constants)
+            if graph is None:
                 raise RuntimeError("the files of a compiled graph are gone")
-            found.post_compile(example_inputs, constants, graph_kwargs)
+            graph.post_compile(example_inputs, constants, graph_kwargs)
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Nothing: each of the graphs has its own."""

@@ -41,8 +41,8 @@ def bounds(step: StepGraph) -> tuple[Bound, ...]:
 
 def at_most(size: sympy.Expr, known: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
     """``size`` with every bounded symbol at its bound; the bounds themselves may be in earlier symbols."""
-    while found := {symbol: limit for symbol, limit in known.items() if symbol in size.free_symbols}:
-        size = size.subs([*found.items()])
+    while bounded := {symbol: limit for symbol, limit in known.items() if symbol in size.free_symbols}:
+        size = size.subs([*bounded.items()])
     return size
 
 

@@ -17,7 +17,7 @@ def delicate(step: StepGraph, low: torch.dtype) -> set[Node]:
     of 1e8 times the scale would not fit. The arithmetic ends at products,
     normalisations and whatever runs in float32 already.
     """
-    found: set[Node] = set()
+    nodes: set[Node] = set()
     pending: list[Node] = []
     for node in step.nodes():
         if phase(node) is not Phase.FORWARD:
@@ -25,16 +25,16 @@ def delicate(step: StepGraph, low: torch.dtype) -> set[Node]:
         if op_name(node.target) in LOGARITHMS:
             pending.append(node)
         elif _follows(node) and op_name(node.target) not in ("mul", "div") and has_number_lost(node, low):
-            found.add(node)
+            nodes.add(node)
             pending.append(node)
         elif _is_square(node) and all(colour_of(user.target) is Colour.HIGH for user in node.users):
-            found.add(node)
+            nodes.add(node)
     while pending:
         for value in pending.pop().all_input_nodes:
-            if value not in found and _follows(value):
-                found.add(value)
+            if value not in nodes and _follows(value):
+                nodes.add(value)
                 pending.append(value)
-    return {n for n in found if op_name(n.target) not in VIEWS}
+    return {n for n in nodes if op_name(n.target) not in VIEWS}
 
 
 def _follows(node: Node) -> bool:

@@ -138,9 +138,9 @@ def gradients(node: Node) -> list[Node]:
     assert isinstance(node.target, torch._ops.OpOverload)
     if op_name(node.target) in _LINEAR_IN:
         return [n for i in _LINEAR_IN[op_name(node.target)] if isinstance(n := node.args[i], Node)]
-    found = [a for a, p in zip(node.args, node.target._schema.arguments, strict=False) if _is_grad(p.name)]
-    found = [n for a in found for n in (a if isinstance(a, (list, tuple)) else (a,))]
-    return [n for n in found or node.args[:1] if isinstance(n, Node)]  # conv_tbc_backward calls it self
+    values = [a for a, p in zip(node.args, node.target._schema.arguments, strict=False) if _is_grad(p.name)]
+    values = [n for a in values for n in (a if isinstance(a, (list, tuple)) else (a,))]
+    return [n for n in values or node.args[:1] if isinstance(n, Node)]  # conv_tbc_backward calls it self
 
 
 def is_product(node: Node) -> bool:

@@ -78,36 +78,36 @@ def liveness(step: StepGraph) -> Liveness:
     """The storages of ``step`` and when each lives; linear in the size of the graph."""
     nodes = [n for n in step.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     index = {n: i for i, n in enumerate(nodes)}
-    found: list[_Open] = []
+    opened: list[_Open] = []
     values: dict[Node, Value] = {}
     for node in step.graph.nodes:
         if node.op == "output":
             for number in (s for n in node.all_input_nodes for s in _numbers(values.get(n))):
-                found[number].death = len(nodes)
-                found[number].users.append(node)
+                opened[number].death = len(nodes)
+                opened[number].users.append(node)
             continue
         for number in {s for n in node.all_input_nodes for s in _numbers(values.get(n))}:
-            found[number].death = max(found[number].death, index[node])
-            found[number].users.append(node)
-        values[node] = _value(node, values, found, index.get(node, -1), len(nodes))
+            opened[number].death = max(opened[number].death, index[node])
+            opened[number].users.append(node)
+        values[node] = _value(node, values, opened, index.get(node, -1), len(nodes))
         for number in set(_numbers(values[node])):
-            found[number].members.append(node)
-            found[number].death = max(found[number].death, index.get(node, len(nodes)))
+            opened[number].members.append(node)
+            opened[number].death = max(opened[number].death, index.get(node, len(nodes)))
     roles = _Roles(step)
     storages = tuple(
         Storage(
-            s.name,
-            tuple(n.name for n in s.members),
-            roles.of(s),
-            phase(s.node).value,
-            s.tensor.dtype,
-            tuple(s.tensor.shape),
-            storage_bytes(s.tensor),
-            s.birth,
-            s.death,
-            s.node.op != "call_function",
+            name=s.name,
+            members=tuple(n.name for n in s.members),
+            role=roles.of(s),
+            phase=phase(s.node).value,
+            dtype=s.tensor.dtype,
+            shape=tuple(s.tensor.shape),
+            size=storage_bytes(s.tensor),
+            birth=s.birth,
+            death=s.death,
+            external=s.node.op != "call_function",
         )
-        for s in found
+        for s in opened
     )
     return Liveness(tuple(n.name for n in nodes), tuple(phase(n).value for n in nodes), storages)
 
@@ -120,7 +120,7 @@ def _numbers(value: Value) -> Iterator[int]:
         yield value
 
 
-def _value(node: Node, values: Mapping[Node, Value], found: list[_Open], birth: int, end: int) -> Value:
+def _value(node: Node, values: Mapping[Node, Value], opened: list[_Open], birth: int, end: int) -> Value:
     """Where the value of ``node`` lies: in storages of its inputs, or in new ones."""
     if node.target is operator.getitem:
         source = values[node.args[0]]  # pyright: ignore[reportArgumentType]
@@ -142,8 +142,10 @@ def _value(node: Node, values: Mapping[Node, Value], found: list[_Open], birth: 
         if not isinstance(value, Tensor):
             return None
         death = birth if birth >= 0 else end
-        found.append(_Open(node, name, value, birth, [], death, []))
-        return len(found) - 1
+        opened.append(
+            _Open(node=node, name=name, tensor=value, birth=birth, members=[], death=death, users=[])
+        )
+        return len(opened) - 1
 
     return new(node.meta.get("val"), node.name)
 

@@ -116,12 +116,12 @@ class MemoryProfile:
             changes[first][t.role] = changes[first].get(t.role, 0) + t.bytes
             changes[last][t.role] = changes[last].get(t.role, 0) - t.bytes
         now: dict[str, int] = {}
-        found = []
+        timeline = []
         for change in changes[:-1]:
             for role, size in change.items():
                 now[role] = now.get(role, 0) + size
-            found.append({role: size for role, size in now.items() if size})
-        return found
+            timeline.append({role: size for role, size in now.items() if size})
+        return timeline
 
     @cached_property
     def totals(self) -> list[int]:
@@ -185,9 +185,9 @@ class MemoryProfile:
         if name in self.values:
             return name
         dimension = DIMENSIONS.get(name)
-        found = [s for s, source in self.sources.items() if source.endswith(f".shape[{dimension}]")]
-        if dimension is not None and len(found) == 1:
-            return found[0]
+        matching = [s for s, source in self.sources.items() if source.endswith(f".shape[{dimension}]")]
+        if dimension is not None and len(matching) == 1:
+            return matching[0]
         known = ", ".join(f"{k} ({v})" for k, v in self.symbols.items())
         raise KeyError(
             f"no symbolic size {name!r}; there are: {known or 'none, capture with dynamic shapes'}"
@@ -235,9 +235,9 @@ class Symbols:
 
     @classmethod
     def of(cls, step: StepGraph) -> Symbols:
-        found = [(step.names.get(n) or n.name, n.meta.get("val")) for n in step.inputs()]
+        inputs = [(step.names.get(n) or n.name, n.meta.get("val")) for n in step.inputs()]
         made = tuple(n.meta.get("val") for n in step.nodes() if n.meta.get(SIZES))
-        named = [(name, v) for name, v in found if isinstance(v, (Tensor, torch.SymInt))]
+        named = [(name, v) for name, v in inputs if isinstance(v, (Tensor, torch.SymInt))]
         return cls(named, bounds(step), made)
 
     @property
@@ -268,11 +268,11 @@ class Symbols:
 
     @property
     def sources(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+        sources: dict[str, str] = {}
         for symbol, _, source in self._sizes():
-            if symbol not in found or (".shape" in source and ".shape" not in found[symbol]):
-                found[symbol] = source
-        return found
+            if symbol not in sources or (".shape" in source and ".shape" not in sources[symbol]):
+                sources[symbol] = source
+        return sources
 
 
 def sized(
@@ -280,7 +280,7 @@ def sized(
 ) -> tuple[tuple[LiveTensor, ...], tuple[str, ...]]:
     """``tensors`` with their bytes at ``values``, and the names of those that cannot be sized."""
     known: dict[sympy.Expr, tuple[sympy.Expr, int | None]] = {}
-    found, unsized = [], []
+    measured, unsized = [], []
     for t in tensors:
         if t.size not in known:
             size = t.size if t.size.is_Integer else resolve(t.size)
@@ -288,8 +288,8 @@ def sized(
         size, count = known[t.size]
         if count is None:
             unsized.append(t.name)
-        found.append(replace(t, size=size, bytes=count or 0))
-    return tuple(found), tuple(unsized)
+        measured.append(replace(t, size=size, bytes=count or 0))
+    return tuple(measured), tuple(unsized)
 
 
 def graph_profile(step: StepGraph) -> MemoryProfile:
@@ -298,8 +298,8 @@ def graph_profile(step: StepGraph) -> MemoryProfile:
     nodes = {n.name: n for n in step.graph.nodes}
     symbols = Symbols.of(step)
     moments = tuple(Moment(i, n, p) for i, (n, p) in enumerate(zip(alive.nodes, alive.phases, strict=True)))
-    found = [*_tensors(alive, nodes, step), *_scratch(alive, nodes)]
-    tensors, unsized = sized(found, symbols.values, symbols.resolve)
+    symbolic = [*_tensors(alive, nodes, step), *_scratch(alive, nodes)]
+    tensors, unsized = sized(symbolic, symbols.values, symbols.resolve)
     count = parameter_count(step)
     return MemoryProfile(
         moments, tensors, count, symbols.values, symbols.sources, bounds=symbols.stated, unsized=unsized
@@ -310,17 +310,17 @@ def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Ite
     for s in alive.storages:
         node = nodes[s.members[0]]
         yield LiveTensor(
-            step.names.get(node, s.name),
-            node.name,
-            s.role,
-            s.phase,
-            str(s.dtype).removeprefix("torch."),
-            "x".join(map(str, s.shape)) or "scalar",
-            user_place(node),
-            s.size,
-            0,
-            s.birth,
-            s.death,
+            name=step.names.get(node, s.name),
+            node=node.name,
+            role=s.role,
+            phase=s.phase,
+            dtype=str(s.dtype).removeprefix("torch."),
+            shape="x".join(map(str, s.shape)) or "scalar",
+            where=user_place(node),
+            size=s.size,
+            bytes=0,
+            birth=s.birth,
+            death=s.death,
         )
 
 
@@ -335,7 +335,19 @@ def _scratch(alive: Liveness, nodes: Mapping[str, Node]) -> Iterable[LiveTensor]
 def scratch_tensor(name: str, node: str, phase: str, size: sympy.Expr, index: int) -> LiveTensor:
     """What a library call allocates and frees inside; ``sized`` fills in the bytes."""
     role = "temporary"
-    return LiveTensor(f"scratch of {name}", node, role, phase, "uint8", str(size), "", size, 0, index, index)
+    return LiveTensor(
+        name=f"scratch of {name}",
+        node=node,
+        role=role,
+        phase=phase,
+        dtype="uint8",
+        shape=str(size),
+        where="",
+        size=size,
+        bytes=0,
+        birth=index,
+        death=index,
+    )
 
 
 def parameter_count(step: StepGraph) -> int:

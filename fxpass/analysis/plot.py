@@ -27,8 +27,8 @@ ROLES = {
 def roles_of(profile: MemoryProfile) -> list[str]:
     """The roles of a profile, in the order of :data:`ROLES`, others last."""
     order = list(ROLES)
-    found = {t.role for t in profile.tensors if t.bytes}
-    return sorted(found, key=lambda r: (order.index(r) if r in order else len(order), r))
+    roles = {t.role for t in profile.tensors if t.bytes}
+    return sorted(roles, key=lambda r: (order.index(r) if r in order else len(order), r))
 
 
 def colour_of_role(role: str) -> str:

@@ -253,9 +253,9 @@ def _numbers(node: Node) -> list[float]:
     if schema is None:
         return []
     given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
-    found = [given.get(a.name) for a in schema.arguments if _is_number(a.type)]
-    found += [_constant(n, op_name(node.target)) for n in node.all_input_nodes]
-    return [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    values = [given.get(a.name) for a in schema.arguments if _is_number(a.type)]
+    values += [_constant(n, op_name(node.target)) for n in node.all_input_nodes]
+    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
 def _is_number(kind: torch._C.JitType) -> bool:

@@ -69,8 +69,8 @@ def scratch(node: Node) -> sympy.Expr:
     if name in ("half_mm", "half_addmm"):
         a, b = (v for v in operands[-2:] if isinstance(v, Tensor))
         sizes = (*a.shape, b.shape[1], int(name == "half_addmm"))
-        found: Any = half_product_scratch(*map(expression, sizes))
-        return found
+        size: Any = half_product_scratch(*map(expression, sizes))
+        return size
     results = _tensors(node.meta.get("val"))
     if name.startswith("half_"):
         return _widened(name.removeprefix("half_"), operands, results)
@@ -86,8 +86,8 @@ def _promoted(operands: list[Any], result: Tensor) -> sympy.Expr:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found = value if isinstance(value, (list, tuple)) else [value]
-    return [v for v in found if isinstance(v, Tensor)]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
 
 
 def _widened(name: str, operands: list[Any], results: list[Tensor]) -> sympy.Expr:

@@ -58,12 +58,12 @@ def gradients_behind(nodes: set[Node]) -> list[Node]:
 
 def gradients_before(marks: set[Node]) -> set[Node]:
     """The GRAD marks that ``marks`` depend on by way of a later forward: the first backward of SAM."""
-    found: set[Node] = set()
+    earlier: set[Node] = set()
     new = marks
     while new:
-        new = set(marks_behind({source(mark) for mark in new}, GRAD, guarded=True)) - found
-        found |= new
-    return found - marks
+        new = set(marks_behind({source(mark) for mark in new}, GRAD, guarded=True)) - earlier
+        earlier |= new
+    return earlier - marks
 
 
 def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[Node]:
@@ -71,7 +71,7 @@ def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[
 
     ``guarded``: the value of an UPDATE mark depends only on the one it replaces, as on a skipped step.
     """
-    found: dict[Node, None] = {}
+    marks: dict[Node, None] = {}
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -80,11 +80,11 @@ def marks_behind(nodes: set[Node], role: str, *, guarded: bool = False) -> list[
             continue
         seen.add(node)
         if node.target is MARK and node.args[1] == role:
-            found[node] = None
+            marks[node] = None
         if node.target is MARK and node.args[1] == GRAD:
             continue
         stack += [n for n in _depends_on(node, guarded) if n.op != "placeholder"]
-    return list(found)
+    return list(marks)
 
 
 def _depends_on(node: Node, guarded: bool) -> list[Node]:
@@ -116,27 +116,27 @@ def follows_gradient(step: StepGraph) -> list[Node]:
     """
     scaler = set(step.scaler.values())
     tainted: set[Node] = set()
-    found = []
+    writes = []
     for node in step.graph.nodes:
         if node.target is MARK and node.args[1] == GRAD:
             tainted.add(node)
         elif node.target is aten.copy_.default:
             if source(node, 1) in tainted and source(node) not in scaler:
-                found.append(node)
+                writes.append(node)
         elif not tainted.isdisjoint(_depends_on(node, guarded=True)):
             tainted.add(node)
-    return found
+    return writes
 
 
 def _body(write: Node) -> set[Node]:
-    found: set[Node] = set()
+    body: set[Node] = set()
     stack = list(write.all_input_nodes)
     while stack:
         node = stack.pop()
-        if node not in found and _belongs(node):
-            found.add(node)
+        if node not in body and _belongs(node):
+            body.add(node)
             stack += node.all_input_nodes
-    return found
+    return body
 
 
 def _belongs(node: Node) -> bool:

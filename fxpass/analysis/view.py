@@ -66,11 +66,11 @@ class GraphView:
     @cached_property
     def readers(self) -> dict[str, list[str]]:
         """By name, the nodes that read it."""
-        found: dict[str, list[str]] = {n.name: [] for n in self.nodes}
+        readers: dict[str, list[str]] = {n.name: [] for n in self.nodes}
         for node in self.nodes:
             for name in node.inputs:
-                found[name].append(node.name)
-        return found
+                readers[name].append(node.name)
+        return readers
 
     def find(self, name: str) -> NodeView | None:
         """The node of that name, the graph's or the user's."""

@@ -30,8 +30,8 @@ def why_float32(node: NodeView) -> str:
     if node.colour == "":
         return "not in the op policy: it runs as in the uncompiled step"
     if node.colour == Colour.HIGH:
-        found = next((text for words, text in _HIGH if any(w in node.short for w in words)), "")
-        return f"policy high: {found or 'the policy gives it float32 inputs'}"
+        reason = next((text for words, text in _HIGH if any(w in node.short for w in words)), "")
+        return f"policy high: {reason or 'the policy gives it float32 inputs'}"
     if node.colour == Colour.LOW:
         return "kept: its module matches keep_fp32, or it is in a region with autocast off"
     if node.colour == Colour.NORM:

@@ -49,7 +49,7 @@ def transfers(step: StepGraph, ranks: int) -> tuple[Transfer, ...]:
     at = {node: index for index, node in enumerate(step.graph.nodes)}
     products = {index: phase(node) for node, index in at.items() if flops(node)}
     last = max((index for index, of in products.items() if of is Phase.BACKWARD), default=-1)
-    found = []
+    collectives = []
     for node, start in at.items():
         if getattr(node.target, "namespace", "") != "_c10d_functional" or op_name(node.target) == _WAIT:
             continue
@@ -58,20 +58,20 @@ def transfers(step: StepGraph, ranks: int) -> tuple[Transfer, ...]:
         during = range(start, min(waits, default=start))
         size = sum(map(nbytes, parts))
         sent = _SENT.get(op_name(node.target), sympy.Integer(1)) * size
-        found.append(
+        collectives.append(
             Transfer(
-                node.name,
-                op_name(node.target),
-                phase(node).value,
-                str(tensor(parts[0]).dtype).removeprefix("torch."),
-                size,
-                str(sympy.factor(sent)),
-                int(sent.subs(RANKS, ranks)),
-                sum(index in during for index in products),
-                start < last,
+                node=node.name,
+                operator=op_name(node.target),
+                phase=phase(node).value,
+                dtype=str(tensor(parts[0]).dtype).removeprefix("torch."),
+                bytes=size,
+                formula=str(sympy.factor(sent)),
+                sent=int(sent.subs(RANKS, ranks)),
+                products=sum(index in during for index in products),
+                early=start < last,
             )
         )
-    return tuple(found)
+    return tuple(collectives)
 
 
 def _results(node: Node) -> list[Node]:

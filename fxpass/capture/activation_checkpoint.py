@@ -36,16 +36,16 @@ def recompute_checkpoints(graph: Graph) -> None:
 
 def _needed(node: Node, again: set[Node]) -> list[Node]:
     """The nodes of ``again`` that ``node`` reads, directly or through others of them, inputs first."""
-    found: dict[Node, None] = {}
+    needed: dict[Node, None] = {}
     stack = [(n, False) for n in node.all_input_nodes if n in again]
     while stack:
         current, inputs_done = stack.pop()
         if inputs_done:
-            found.setdefault(current)
-        elif current not in found:
+            needed.setdefault(current)
+        elif current not in needed:
             stack.append((current, True))
             stack += [(n, False) for n in current.all_input_nodes if n in again]
-    return list(found)
+    return list(needed)
 
 
 def _is_backward(node: Node) -> bool:

@@ -48,9 +48,9 @@ class Assumptions:
     @classmethod
     def again(cls, optimizer: Optimizer, where: str, comparisons: Sequence[Comparison]) -> Assumptions:
         """What an earlier process took for granted of an equal optimizer; they must hold of this one."""
-        found = cls(where, type(optimizer).step, tuple(comparisons))
-        found.check(optimizer)
-        return found
+        assumed = cls(where, type(optimizer).step, tuple(comparisons))
+        assumed.check(optimizer)
+        return assumed
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise ``OptimizerError`` if one of them no longer holds; runs at every call."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .writes import storages, written
+from .. import _torch
+from .writes import storages
 
 
 def spell_out_casts(graph: Graph) -> None:
@@ -28,7 +29,7 @@ def spell_out_casts(graph: Graph) -> None:
             kwargs = {"dtype": torch.float32, **_asked_besides(node)}
             node.op, node.target = "call_function", torch.ops.aten._to_copy.default
             node.args, node.kwargs = node.args[:1], kwargs
-        later.update(s for value in written(node) for s in storages(value))
+        later.update(s for value in _torch.written(node) for s in storages(value))
 
 
 def _asks_for_float32(node: Node) -> bool:
@@ -41,16 +42,16 @@ def _asks_for_float32(node: Node) -> bool:
 def _asked_besides(node: Node) -> dict[str, Any]:
     """What ``x.to(...)`` asks for besides float32 and does not have: a device, a memory format."""
     (x,) = (n.meta["example_value"] for n in node.all_input_nodes if n is node.args[0])
-    found: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
     for name, value in (*(("", a) for a in node.args[1:]), *node.kwargs.items()):
         if isinstance(value, torch.memory_format) and value is not torch.preserve_format:
-            found["memory_format"] = value
+            asked["memory_format"] = value
         elif name == "device" or (name == "" and isinstance(value, (str, torch.device))):
             device = node.meta["example_value"].device
-            found |= {} if device == x.device else {"device": device}
-    if "device" in found and node.kwargs.get("non_blocking"):
-        found["non_blocking"] = True
-    return found
+            asked |= {} if device == x.device else {"device": device}
+    if "device" in asked and node.kwargs.get("non_blocking"):
+        asked["non_blocking"] = True
+    return asked
 
 
 def _is_float32(node: object) -> bool:

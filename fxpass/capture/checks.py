@@ -259,17 +259,17 @@ def input_names(gm: GraphModule, record: _torch.FrameRecord) -> dict[str, str]:
 
 def unreached(events: Sequence[Event]) -> dict[str, str]:
     """Trainable parameters of the optimizers that are not updated, and why."""
-    found = {}
+    reasons = {}
     for event in events:
         for slot in event.without:
             frozen = not slot.read(event.optimizer()).requires_grad
-            found[slot.name] = "requires_grad is False" if frozen else "the loss does not depend on it"
-    return found
+            reasons[slot.name] = "requires_grad is False" if frozen else "the loss does not depend on it"
+    return reasons
 
 
 def escaping(record: _torch.FrameRecord, names: Mapping[str, str], kept: Sequence[Slot]) -> dict[str, str]:
     """Leaves whose gradient outlives the step, and why; ``kept``: those of them that an optimizer has."""
     reason = "left in .grad: grads='keep', and no zero_grad() after its update"
-    found = {slot.name: reason for slot in kept}
+    reasons = {slot.name: reason for slot in kept}
     reason = "left in .grad: no optimizer of the step updates it"
-    return found | {names.get(leaf, leaf): reason for leaf in record.escaping}
+    return reasons | {names.get(leaf, leaf): reason for leaf in record.escaping}

@@ -25,16 +25,16 @@ def counters_of(optimizer: Optimizer, number: int) -> dict[Slot, Any]:
     """The counters of an optimizer; ``number``: its own, in slots."""
     if is_torchs(optimizer):
         return {}
-    found: dict[Slot, Any] = {}
+    counters: dict[Slot, Any] = {}
     for slot in _smallest(optimizer, number):
         try:
             trial = try_step(optimizer, slot, [1.0, 0.5, 1.0], "")
-            found |= dict(_counted(optimizer, slot, trial))
-            missing = {at: found.pop(at) for at in list(found) if at.read(optimizer) is None}
-            found |= _started(optimizer, slot, missing)
+            counters |= dict(_counted(optimizer, slot, trial))
+            missing = {at: counters.pop(at) for at in list(counters) if at.read(optimizer) is None}
+            counters |= _started(optimizer, slot, missing)
         except OptimizerError:  # said where its state is made
             continue
-    return found
+    return counters
 
 
 def start(optimizer: Optimizer, counters: Counters) -> Callable[[], None]:

@@ -49,29 +49,29 @@ class Event:
 
 def events_of(record: _torch.FrameRecord, names: Mapping[str, str]) -> list[Event]:
     """The events of a frame; ``names`` are the user's, by Dynamo input."""
-    return [_event(found, names) for found in record.events]
+    return [_event(traced, names) for traced in record.events]
 
 
-def _event(found: _torch.StepEvent, names: Mapping[str, str]) -> Event:
+def _event(traced: _torch.StepEvent, names: Mapping[str, str]) -> Event:
     nodes: dict[Slot, str] = {}
     reads: dict[Slot, int] = {}
-    for param in found.params:
+    for param in traced.params:
         slot = param.slot
         name = names.get(param.node) or f"parameter {slot.position} of param group {slot.group}"
         slot = replace(slot, name=name)
         nodes[slot] = param.node
         if param.read is not None:
             reads[slot] = param.read
-    rates = [Slot(found.number, g, key="lr") for g in range(len(found.live().param_groups))]
+    rates = [Slot(traced.number, g, key="lr") for g in range(len(traced.live().param_groups))]
     return Event(
-        found.index,
-        found.number,
-        found.live,
-        {slot: node for slot, node in nodes.items() if slot in reads},
-        reads,
-        {slot: node for slot, node in nodes.items() if slot not in reads},
-        [lr for lr in rates if lr not in found.counters],
-        found.dynamic,
-        found.where,
-        counters=found.counters,
+        index=traced.index,
+        number=traced.number,
+        optimizer=traced.live,
+        params={slot: node for slot, node in nodes.items() if slot in reads},
+        reads=reads,
+        without={slot: node for slot, node in nodes.items() if slot not in reads},
+        lr=[lr for lr in rates if lr not in traced.counters],
+        dynamic=traced.dynamic,
+        where=traced.where,
+        counters=traced.counters,
     )

@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from .. import _torch
 from ..ir.marks import GRAD, MARK, SEED
 from .phases import UNSCALED
-from .writes import storages, written
+from .writes import storages
 
 
 @dataclass
@@ -56,25 +56,25 @@ class Flow:
             passed = followed.behind(n for n in node.all_input_nodes if _requires_grad(n))
             if node in bits and arguments["create_graph"]:
                 passed |= bits[node]
-            if passed and (_requires_grad(node) or written(node)):
+            if passed and (_requires_grad(node) or _torch.written(node)):
                 followed._pass_on(node, passed)
         return flow
 
     def behind(self, nodes: Iterable[Node]) -> int:
         """The calls that values depend on."""
-        found = 0
+        calls = 0
         for node in nodes:
-            found |= self.values.get(node, 0)
+            calls |= self.values.get(node, 0)
             if self.memory:
                 for storage in storages(node):
-                    found |= self.memory.get(storage, 0)
-        return found
+                    calls |= self.memory.get(storage, 0)
+        return calls
 
     def _pass_on(self, node: Node, calls: int) -> None:
         if not calls:
             return
         self.values[node] = calls
-        for target in written(node):
+        for target in _torch.written(node):
             self.values[target] = self.values.get(target, 0) | calls
             for storage in storages(target):
                 self.memory[storage] = self.memory.get(storage, 0) | calls
@@ -87,7 +87,7 @@ def mark_gradients(graph: Graph, seeds: int, grads: int) -> tuple[set[Node], lis
 
     The marks are numbered from the two counts. Returns the scaled calls, and what the new GRAD marks are.
     """
-    flow, found = Flow.of(graph), list[_torch.LeafGrad]()
+    flow, leaf_grads = Flow.of(graph), list[_torch.LeafGrad]()
     forward_mode = _forward_mode(graph)
     scaled = 0
     for number, call in enumerate(flow.calls):
@@ -98,8 +98,8 @@ def mark_gradients(graph: Graph, seeds: int, grads: int) -> tuple[set[Node], lis
         # a dual number has no marks: they have no rule for it
         elif flow.read & ~flow.differentiated & (1 << number) and call not in forward_mode and _is_real(call):
             arguments = _torch.gradient_arguments(call)
-            function = _torch.with_marks(function, seeds, grads + len(found))
-            found += [_torch.LeafGrad(seeds, _leaf(n).name) for n in _nodes(arguments["inputs"])]
+            function = _torch.with_marks(function, seeds, grads + len(leaf_grads))
+            leaf_grads += [_torch.LeafGrad(seeds, _leaf(n).name) for n in _nodes(arguments["inputs"])]
             seeds += len(_nodes(arguments["outputs"]))
             scaled |= 1 << number
         else:
@@ -108,11 +108,11 @@ def mark_gradients(graph: Graph, seeds: int, grads: int) -> tuple[set[Node], lis
     for read in _reads(graph):
         if not flow.behind([read.value]) & scaled:
             with graph.inserting_before(read.mark):
-                leaving = graph.call_function(MARK, (read.value, GRAD, grads + len(found)))
+                leaving = graph.call_function(MARK, (read.value, GRAD, grads + len(leaf_grads)))
             leaving.meta["example_value"] = read.value.meta["example_value"]
             read.mark.replace_input_with(read.value, leaving)
-            found.append(_torch.LeafGrad(None, read.param.name))
-    return {call for i, call in enumerate(flow.calls) if scaled & (1 << i)}, found
+            leaf_grads.append(_torch.LeafGrad(None, read.param.name))
+    return {call for i, call in enumerate(flow.calls) if scaled & (1 << i)}, leaf_grads
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _reads(graph: Graph) -> Iterator[_Read]:
                 computed = value.op != "placeholder" or not memory.isdisjoint(storages(value))
                 yield _Read(event, param, mark, value, computed)
         else:
-            memory.update(s for target in written(node) for s in storages(target))
+            memory.update(s for target in _torch.written(node) for s in storages(target))
 
 
 def differentiated(graph: Graph) -> set[Node]:
@@ -150,14 +150,14 @@ def differentiated(graph: Graph) -> set[Node]:
     calls = _torch.gradient_calls(graph)
     if not calls:
         return set(graph.nodes)
-    found = {n for call in calls for n in _nodes(_torch.gradient_arguments(call)["outputs"])}
-    memory = {s for n in found for s in storages(n)}
+    operations = {n for call in calls for n in _nodes(_torch.gradient_arguments(call)["outputs"])}
+    memory = {s for n in operations for s in storages(n)}
     for node in reversed(graph.nodes):
-        if node in found or any(not memory.isdisjoint(storages(n)) for n in written(node)):
-            found.add(node)
-            found.update(node.all_input_nodes)
+        if node in operations or any(not memory.isdisjoint(storages(n)) for n in _torch.written(node)):
+            operations.add(node)
+            operations.update(node.all_input_nodes)
             memory.update(s for n in node.all_input_nodes for s in storages(n))
-    return found
+    return operations
 
 
 def is_gradient_call(node: Node) -> bool:
@@ -195,12 +195,12 @@ def written_in_place(graph: Graph) -> set[str]:
 
 def _forward_mode(graph: Graph) -> set[Node]:
     """What runs within a level of forward-mode differentiation."""
-    found, level = set(), 0
+    inside, level = set(), 0
     for node in graph.nodes:
         level += _torch.enters_forward_mode(node)
         if level:
-            found.add(node)
-    return found
+            inside.add(node)
+    return inside
 
 
 def _leaf(node: Node) -> Node:

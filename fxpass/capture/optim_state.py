@@ -151,13 +151,13 @@ def state_of(
 
     Each with its form: dtype, shape and strides, without its values.
     """
-    found = {
+    forms = {
         slot.state(key): _torch.part_of(value).detach().to("meta")
         for slot in params
         for key, value in optimizer.state.get(slot.read(optimizer), {}).items()
         if isinstance(value, Tensor)
     }
-    return found | {slot: slot.read(optimizer).detach().to("meta") for slot in counted}
+    return forms | {slot: slot.read(optimizer).detach().to("meta") for slot in counted}
 
 
 def _short(value: Any) -> str:
@@ -272,7 +272,7 @@ def _telling_first(optimizer: Optimizer, slot: Slot, where: str) -> str | None:
         raise OptimizerError(found, where=where, hint=hint)
     first = other.state.first
     made_alike = all(equal(value, one.state.first.get(key)) for key, value in first.items())
-    if made_alike and _same(try_step(optimizer, slot, [1.0], where, first), one):
+    if made_alike and _same(try_step(optimizer, slot, [1.0], where, state=first), one):
         return None
     for key, value in one.state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():

@@ -22,7 +22,7 @@ from ..ir.marks import GRAD, MARK, TEXT
 from ..ir.provenance import innermost
 from ..ir.shards import GATHER_ROWS, Shard
 from . import gradients
-from .writes import storages, written
+from .writes import storages
 
 
 def split(graph: Graph, shards: Mapping[Node, Shard], names: Mapping[str, str]) -> None:
@@ -81,7 +81,7 @@ def _refuse_writes(graph: Graph, param: Node, name: str) -> None:
     own = storages(param)
     for node in graph.nodes:
         if node.target is not _torch.optimizer_step and any(
-            not own.isdisjoint(storages(t)) for t in written(node)
+            not own.isdisjoint(storages(t)) for t in _torch.written(node)
         ):
             found = f"the step itself writes to {name}, of which each rank has its own rows"
             hint = "leave it to an optimizer, or write to the parameters outside of the compiled step"
@@ -193,11 +193,11 @@ def _cut(graph: Graph, read: Node, shard: Shard, name: str, made: set[Node]) -> 
 
 
 def _behind(value: Node) -> set[Node]:
-    found = {value}
+    nodes = {value}
     stack = [value]
     while stack:
         for node in stack.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
+            if node not in nodes:
+                nodes.add(node)
                 stack.append(node)
-    return found
+    return nodes

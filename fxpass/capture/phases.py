@@ -118,28 +118,28 @@ def _is(node: Node, role: str) -> bool:
 
 
 def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    found: set[Node] = set()
+    ancestors: set[Node] = set()
     stack = list(nodes)
     while stack:
         for node in stack.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
+            if node not in ancestors:
+                ancestors.add(node)
                 stack.append(node)
-    return found
+    return ancestors
 
 
 def _unscaled(nodes: list[Node]) -> set[Node]:
     """Gradients without the loss scale, and what a later backward makes of them before its own come in."""
     scaled: set[Node] = set()
-    found: set[Node] = set()
+    unscaled: set[Node] = set()
     for node in nodes:
         if phase(node) is not Phase.BACKWARD:
             continue
         if _is(node, SEED) or not scaled.isdisjoint(node.all_input_nodes):
             scaled.add(node)
-        elif _is_unscaled(node) or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+        elif _is_unscaled(node) or not unscaled.isdisjoint(node.all_input_nodes):
+            unscaled.add(node)
+    return unscaled
 
 
 def _own(step: StepGraph, nodes: list[Node], followed: set[Node], data: set[Node]) -> Iterable[Node]:
@@ -156,7 +156,7 @@ def _own(step: StepGraph, nodes: list[Node], followed: set[Node], data: set[Node
             node in followed and phase(node) is Phase.FORWARD
         ):
             of_data.add(node)
-    found: set[Node] = set()
+    own: set[Node] = set()
     for write in writes:
         is_weight = step.roles[source(write)] is Role.PARAMETER
         seen: set[Node] = set()
@@ -171,6 +171,6 @@ def _own(step: StepGraph, nodes: list[Node], followed: set[Node], data: set[Node
             elif phase(node) is not Phase.FORWARD:
                 stack += node.all_input_nodes
             elif node not in followed and (is_weight or node not in of_data):
-                found.add(node)
+                own.add(node)
                 stack += node.all_input_nodes
-    return found
+    return own

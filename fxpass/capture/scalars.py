@@ -263,15 +263,15 @@ _BUILTINS = {"min": _extreme(operator.lt, min), "max": _extreme(operator.gt, max
 
 
 def _stand_ins(names: dict[str, Any]) -> dict[str, Any]:
-    found = {k: v for k, v in _BUILTINS.items() if k not in names}
+    stand_ins = {k: v for k, v in _BUILTINS.items() if k not in names}
     for name, value in names.items():
         if value is math:
-            found[name] = _MATH_MODULE
+            stand_ins[name] = _MATH_MODULE
         elif type(value) is type(math.sqrt) and value in _MATH:
-            found[name] = _MATH[value]
+            stand_ins[name] = _MATH[value]
         elif value is _torch.get_value:
-            found[name] = as_number
-    return found
+            stand_ins[name] = as_number
+    return stand_ins
 
 
 @contextmanager

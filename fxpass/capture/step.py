@@ -32,7 +32,7 @@ from .parts import split
 from .readings import read_afterwards
 from .regions import annotate_regions
 from .renorm import spell_out_renorm
-from .writes import UPDATES, hide_writes
+from .writes import hide_writes
 
 
 @dataclass
@@ -60,10 +60,10 @@ def capture(
     gm: GraphModule,
     record: _torch.FrameRecord,
     events: list[Event],
+    *,
     scaler_fields: Sequence[str],
     shards: Mapping[str, Shard],
     names: Mapping[str, str],
-    *,
     keep_grads: bool,
 ) -> Captured:
     """Rewrite a copy of Dynamo's graph; the original stays as Dynamo needs it.
@@ -88,8 +88,8 @@ def capture(
     captured.scaler = {name: inputs.add() for name in scaler_fields}
     phases.declare(graph, gradients.differentiated(graph))
     captured.in_place = gradients.written_in_place(graph)
-    scaled, found = gradients.mark_gradients(graph, len(record.backwards), len(record.leaf_grads))
-    captured.gradients += found
+    scaled, leaf_grads = gradients.mark_gradients(graph, len(record.backwards), len(record.leaf_grads))
+    captured.gradients += leaf_grads
     captured.data = [n.name for n in placeholders if phases.is_data(n)]
     backwards = 0
     for node in list(graph.nodes):
@@ -162,7 +162,7 @@ def _expand_optimizer(
 
     vars(expand)[TEXT] = f"step {index} {sorted(numbers.values())}"
     node.target = expand
-    node.meta[UPDATES] = [*params, *state]
+    node.meta[_torch.UPDATES] = [*params, *state]
     device = next(iter(event.params)).read(optimizer).device
     values = [as_tensor(node, n, device) if isinstance(n, Node) else n for n in dynamic]
     node.args = (params, grads, state, [captured.slots[slot] for slot in event.lr], values)
@@ -190,7 +190,7 @@ def _finish_outputs(
     positions = {value.name: i for i, value in enumerate(values) if isinstance(value, Node)}
     for leaf, grad in record.escaping.items():
         if grad in positions:
-            old = by_name.get(record.found.get(leaf, ""))
+            old = by_name.get(record.earlier_grads.get(leaf, ""))
             name = old.name if old is not None and old.op == "placeholder" else None
             captured.handed_over.append((positions[grad], name))
     if keep_grads:
@@ -246,8 +246,8 @@ def _read_marks(step: StepGraph, captured: Captured, by_name: Mapping[str, Node]
         if number in grads:
             step.gradients[grads[number]] = Gradient(by_name.get(grad.leaf), grad.leaf, grad.backward)
     for event in captured.events:
-        found = [(reads[n], slot) for slot, n in event.reads.items() if n in reads]
-        step.reads += [Read(mark, slot, event.index) for mark, slot in found]
+        marked = [(reads[n], slot) for slot, n in event.reads.items() if n in reads]
+        step.reads += [Read(mark, slot, event.index) for mark, slot in marked]
     for number, (index, slot) in enumerate(captured.writes):
         if number in updates:
             step.updates.append(Update(updates[number], slot, index))

@@ -73,9 +73,9 @@ def try_step(
     slot: Slot,
     fills: Sequence[float],
     where: str,
+    *,
     state: Mapping[str, Any] | None = None,
     settings: Mapping[Slot, Any] | None = None,
-    *,
     random: bool = False,
 ) -> Trial:
     """Steps of a copy of one parameter, each with a gradient full of one of ``fills``.

@@ -52,8 +52,8 @@ def run(args: Sequence[str]) -> int:
     """Run one command line; returns the exit code: 0, 1 (the step cannot be compiled) or 2 (usage)."""
     as_json = "--json" in args
     try:
-        found = app.main(list(args), prog_name="fxpass", standalone_mode=False)
-        return found if isinstance(found, int) else 0
+        code = app.main(list(args), prog_name="fxpass", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2

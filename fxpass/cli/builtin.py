@@ -38,7 +38,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token and position embeddings, blocks, a head tied to the tokens: GPT if causal, BERT if not."""
 
-    def __init__(self, width: int, layers: int, heads: int, vocab: int, context: int, causal: bool) -> None:
+    def __init__(
+        self, *, width: int, layers: int, heads: int, vocab: int, context: int, causal: bool
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads, causal) for _ in range(layers))
@@ -100,9 +102,9 @@ def _step(model: nn.Module, x: Tensor, y: Tensor) -> Call:
 
 
 def _transformer(
-    width: int, layers: int, heads: int, vocab: int, batch: int, seq: int, causal: bool = True
+    *, width: int, layers: int, heads: int, vocab: int, batch: int, seq: int, causal: bool = True
 ) -> Call:
-    model = Transformer(width, layers, heads, vocab, seq, causal)
+    model = Transformer(width=width, layers=layers, heads=heads, vocab=vocab, context=seq, causal=causal)
     return _step(model, torch.randint(vocab, (batch, seq)), torch.randint(vocab, (batch, seq)))
 
 
@@ -115,11 +117,15 @@ def _lstm() -> Call:
 
 
 BUILTINS: dict[str, Callable[[], Call]] = {
-    "gpt": partial(_transformer, 256, 4, 4, 4096, 4, 64),  # 4.2M parameters
+    "gpt": partial(
+        _transformer, width=256, layers=4, heads=4, vocab=4096, batch=4, seq=64
+    ),  # 4.2M parameters
     "cnn": _cnn,  # 0.4M
     "lstm": _lstm,  # 0.5M
-    "bert": partial(_transformer, 256, 4, 4, 4096, 4, 64, causal=False),  # 4.2M
-    "gpt-124M": partial(_transformer, 768, 12, 12, 50257, 4, 1024),
-    "gpt-1.3B": partial(_transformer, 2048, 24, 16, 50257, 1, 2048),
-    "gpt-7B": partial(_transformer, 4096, 32, 32, 50257, 1, 2048),
+    "bert": partial(
+        _transformer, width=256, layers=4, heads=4, vocab=4096, batch=4, seq=64, causal=False
+    ),  # 4.2M
+    "gpt-124M": partial(_transformer, width=768, layers=12, heads=12, vocab=50257, batch=4, seq=1024),
+    "gpt-1.3B": partial(_transformer, width=2048, layers=24, heads=16, vocab=50257, batch=1, seq=2048),
+    "gpt-7B": partial(_transformer, width=4096, layers=32, heads=32, vocab=50257, batch=1, seq=2048),
 }

@@ -45,7 +45,9 @@ class CompileResult:
 @click.option("--device", metavar="DEVICE", help="build and compile for this device, which must be here")
 @backend_options
 @common_options
-def compile_(target: str, device: str | None, options: dict[str, Any], as_json: bool, traceback: bool) -> int:
+def compile_(
+    target: str, *, device: str | None, options: dict[str, Any], as_json: bool, traceback: bool
+) -> int:
     """Compile TARGET's step into the cache on disk; exits with 1 if it cannot be kept there.
 
     The model is built, and the step runs once. A training that calls it with the same options and sizes,
@@ -54,10 +56,10 @@ def compile_(target: str, device: str | None, options: dict[str, Any], as_json: 
     \b
     Example: fxpass compile train.py:example --max-norm 1.0
     """
-    found = load(target)
+    step = load(target)
     if device is not None:
         check_device(device)
-    result = _result(target, compile_ahead(found.make, options, device))
+    result = _result(target, compile_ahead(step.make, options, device))
     if as_json:
         print_json("compile", result)
     else:
@@ -71,17 +73,20 @@ def _result(target: str, done: Ahead) -> CompileResult:
     return CompileResult(target, done.device, not done.not_kept, done.seconds, *new, graphs)
 
 
-def show(found: CompileResult, out: Console) -> None:
-    """Print ``found`` for a person."""
-    there = all(g.cache == "hit" for g in found.graphs)
+def show(result: CompileResult, out: Console) -> None:
+    """Print ``result`` for a person."""
+    there = all(g.cache == "hit" for g in result.graphs)
     done = "everything was on disk, loaded" if there else "compiled"
     out.print(
-        f"{found.target}: {done} for {found.device} in {found.seconds:.1f} s", style="bold", markup=False
+        f"{result.target}: {done} for {result.device} in {result.seconds:.1f} s", style="bold", markup=False
     )
     if not there:
-        out.print(f"new files: {found.files}, {bytes_text(found.bytes)}, in {found.directory}", markup=False)
+        out.print(
+            f"new files: {result.files}, {bytes_text(result.bytes)}, in {result.directory}", markup=False
+        )
     out.print()
     rows = [
-        (g.name, g.why, f"{g.seconds:.1f}", STATES.get(g.cache, f"not kept: {g.cache}")) for g in found.graphs
+        (g.name, g.why, f"{g.seconds:.1f}", STATES.get(g.cache, f"not kept: {g.cache}"))
+        for g in result.graphs
     ]
     out.print(table(("graph", "made for", "cpu s", "cache"), rows, right=("cpu s",)))

@@ -43,7 +43,7 @@ class DoctorResult:
 @click.option(
     "--codegen", type=click.Choice(["inductor", "eager"]), default="inductor", help="[default: inductor]"
 )
-def doctor(codegen: str, as_json: bool, traceback: bool) -> int:
+def doctor(*, codegen: str, as_json: bool, traceback: bool) -> int:
     """Say which versions and devices are here, and whether a step compiles; exits with 1 if not.
 
     \b

@@ -22,12 +22,12 @@ def dry_run_of(
     kernels: bool = False,
 ) -> DryRun:
     """Capture ``target`` and run the passes; see ``fxpass.hallway.dry_run.dry_run``."""
-    found = load(target)
+    step = load(target)
     if device is not None:
         check_device(device)
     with working(f"capturing {target}"):
         return dry_run(
-            found.make,
+            step.make,
             options,
             device=device,
             tensors=tensors,

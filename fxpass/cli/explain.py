@@ -32,6 +32,7 @@ class ExplainResult:
 @common_options
 def explain(
     words: tuple[str, ...],
+    *,
     inserted: bool,
     options: dict[str, Any],
     device: str | None,
@@ -52,32 +53,38 @@ def explain(
         raise UsageProblem(f"got {len(words)} words", "give TARGET and one NODE, or a quoted pattern")
     target, pattern = ("gpt", *words)[-2:]
     run = dry_run_of(target, options, device, tensors)
-    found = tuple(e for e in explanations(run, pattern) if not inserted or e.reason)
-    if not found:
+    explained = tuple(e for e in explanations(run, pattern) if not inserted or e.reason)
+    if not explained:
         names = [n.name for n in run.final.nodes]
         near = difflib.get_close_matches(pattern, names, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"list names with: fxpass graph {target}"
         raise UsageProblem(f"there is no node {pattern!r} in {target}", hint)
     if as_json:
-        print_json("explain", ExplainResult(target, found))
+        print_json("explain", ExplainResult(target, explained))
         return
     out = console()
-    for explanation in found:
+    for explanation in explained:
         show(explanation, out)
 
 
-def show(found: Explanation, out: Console) -> None:
+def show(explanation: Explanation, out: Console) -> None:
     """Print one explanation for a person."""
-    out.print(found.text, style="bold", markup=False, soft_wrap=True)
+    out.print(explanation.text, style="bold", markup=False, soft_wrap=True)
     rows = {
-        "made by": f"pass {found.made_by}: {found.reason}" if found.reason else found.made_by,
-        "phase": found.phase,
-        "reads": ", ".join(found.sources),
-        "read by": ", ".join(found.readers),
-        "dtype": f"{found.dtype}: {found.why_dtype}" if found.dtype else found.why_dtype,
-        "module": found.module,
-        "where": found.where,
-        "removed": f"by pass {found.removed_by}: it is not in the compiled graph" if found.removed_by else "",
+        "made by": f"pass {explanation.made_by}: {explanation.reason}"
+        if explanation.reason
+        else explanation.made_by,
+        "phase": explanation.phase,
+        "reads": ", ".join(explanation.sources),
+        "read by": ", ".join(explanation.readers),
+        "dtype": f"{explanation.dtype}: {explanation.why_dtype}"
+        if explanation.dtype
+        else explanation.why_dtype,
+        "module": explanation.module,
+        "where": explanation.where,
+        "removed": f"by pass {explanation.removed_by}: it is not in the compiled graph"
+        if explanation.removed_by
+        else "",
     }
     for name, value in rows.items():
         if value:

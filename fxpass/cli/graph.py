@@ -58,6 +58,7 @@ class DiffResult:
 @common_options
 def graph(
     target: str,
+    *,
     at: str,
     between: tuple[str, str] | None,
     grep: str | None,

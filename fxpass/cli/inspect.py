@@ -32,6 +32,7 @@ from .usage import UsageProblem
 @common_options
 def inspect(
     target: str,
+    *,
     launches: bool,
     of: str,
     options: dict[str, Any],
@@ -52,64 +53,64 @@ def inspect(
         raise UsageProblem(found, "leave out --codegen or --launches")
     of = PROGRAM if launches else of
     run = dry_run_of(target, options, device, tensors, points={CAPTURED, "finish"}, of=of, kernels=launches)
-    found = inspection(target, run, with_launches=launches)
+    result = inspection(target, run, with_launches=launches)
     if as_json:
-        print_json("inspect", found)
+        print_json("inspect", result)
     else:
-        show(found, console())
+        show(result, console())
 
 
-def show(found: Inspection, out: Console) -> None:
-    """Print ``found`` for a person."""
-    updated = f"{found.parameters:,} parameters updated"
-    out.print(f"{found.target}: captured whole, one graph, {updated}", style="bold", markup=False)
-    kind = "fake tensors, nothing allocated" if found.tensors == "fake" else "real tensors"
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items())
-    out.print(f"{kind}, device {found.device}, {times}")
-    for note in found.notes:
+def show(result: Inspection, out: Console) -> None:
+    """Print ``result`` for a person."""
+    updated = f"{result.parameters:,} parameters updated"
+    out.print(f"{result.target}: captured whole, one graph, {updated}", style="bold", markup=False)
+    kind = "fake tensors, nothing allocated" if result.tensors == "fake" else "real tensors"
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    out.print(f"{kind}, device {result.device}, {times}")
+    for note in result.notes:
         out.print(f"note: {note}", markup=False)
     out.print()
     counts = ("captured", "compiled", "of these inserted")
-    regions = [(r.phase, r.captured, r.compiled, r.inserted) for r in found.regions]
+    regions = [(r.phase, r.captured, r.compiled, r.inserted) for r in result.regions]
     out.print(table(("region", *counts), regions, right=counts))
     out.print()
     counts = ("inserted", "removed", "s")
     passes = [
-        (p.name, p.inserted, p.removed, f"{p.seconds:.2f}", "; ".join(p.declined)) for p in found.passes
+        (p.name, p.inserted, p.removed, f"{p.seconds:.2f}", "; ".join(p.declined)) for p in result.passes
     ]
     out.print(table(("pass", *counts, "declined"), passes, right=counts))
     out.print()
-    _show_precision(found, out)
-    _show_names(out, "no gradient", found.no_gradient, "every trainable parameter gets a gradient")
-    _show_names(out, "gradient escapes", found.escaping, "no gradient leaves the step")
+    _show_precision(result, out)
+    _show_names(out, "no gradient", result.no_gradient, "every trainable parameter gets a gradient")
+    _show_names(out, "gradient escapes", result.escaping, "no gradient leaves the step")
     out.print()
-    peak = f"{bytes_text(found.memory.peak)}, {found.memory.bytes_per_parameter:.2f} bytes per parameter"
-    out.print(f"memory {NOTES[found.memory.of]}: peak {peak}", markup=False)
-    show_phases(found.memory, out)
-    if found.launches is not None:
+    peak = f"{bytes_text(result.memory.peak)}, {result.memory.bytes_per_parameter:.2f} bytes per parameter"
+    out.print(f"memory {NOTES[result.memory.of]}: peak {peak}", markup=False)
+    show_phases(result.memory, out)
+    if result.launches is not None:
         out.print()
-        _show_launches(found.launches, out)
-    if found.ranks > 1:
+        _show_launches(result.launches, out)
+    if result.ranks > 1:
         out.print()
-        _show_transfers(found, out)
+        _show_transfers(result, out)
 
 
-def _show_launches(found: Launches, out: Console) -> None:
-    kernels = sum(p.kernels for p in found.phases)
-    text = f"{found.total} launches a step: {kernels} generated {found.language} kernels"
-    out.print(f"{text}, {found.total - kernels} library calls", markup=False)
-    for note in found.notes:
+def _show_launches(launches: Launches, out: Console) -> None:
+    kernels = sum(p.kernels for p in launches.phases)
+    text = f"{launches.total} launches a step: {kernels} generated {launches.language} kernels"
+    out.print(f"{text}, {launches.total - kernels} library calls", markup=False)
+    for note in launches.notes:
         out.print(f"note: {note}", markup=False)
     counts = ("kernels", "library calls")
-    phases = [(p.phase, p.kernels, p.calls) for p in found.phases]
+    phases = [(p.phase, p.kernels, p.calls) for p in launches.phases]
     out.print(table(("launched in", *counts), phases, right=counts))
     out.print()
     counts = ("alone", "fused with others")
-    passes = [(p.name, p.alone, p.fused) for p in found.passes]
+    passes = [(p.name, p.alone, p.fused) for p in launches.passes]
     out.print(table(("launched for", *counts), passes, right=counts))
-    if found.compiled:
+    if launches.compiled:
         out.print()
-        _show_resources(found.compiled, out)
+        _show_resources(launches.compiled, out)
 
 
 def _show_resources(kernels: Sequence[KernelResources], out: Console) -> None:
@@ -122,28 +123,28 @@ def _show_resources(kernels: Sequence[KernelResources], out: Console) -> None:
         out.print(table(("spills", "registers", "bytes a thread"), cells, right=("bytes a thread",)))
 
 
-def _show_transfers(found: Inspection, out: Console) -> None:
-    sent = sum(t.sent for t in found.transfers)
-    per = sent / max(found.parameters, 1)
-    text = f"{found.ranks} ranks: each sends {bytes_text(sent)} a step, {per:.2f} bytes per parameter"
-    early = sum(t.sent for t in found.transfers if t.early) / max(sent, 1)
+def _show_transfers(result: Inspection, out: Console) -> None:
+    sent = sum(t.sent for t in result.transfers)
+    per = sent / max(result.parameters, 1)
+    text = f"{result.ranks} ranks: each sends {bytes_text(sent)} a step, {per:.2f} bytes per parameter"
+    early = sum(t.sent for t in result.transfers if t.early) / max(sent, 1)
     out.print(f"{text}; {early:.0%} of it starts before the last product of the backward", markup=False)
     head = ("collective", "phase", "dtype", "bytes", "sent", "of N ranks", "products meanwhile")
     cells = [
         (t.operator, t.phase, t.dtype, f"{t.bytes:,}", f"{t.sent:,}", t.formula, t.products)
-        for t in found.transfers
+        for t in result.transfers
     ]
     out.print(table(head, cells, right=("bytes", "sent", "products meanwhile")))
 
 
-def _show_precision(found: Inspection, out: Console) -> None:
-    dtypes = [d for d in FLOATS if any(p.dtype == d for p in found.precision)]
-    numbers = {(p.colour, p.dtype): p.count for p in found.precision}
-    colours = sorted({p.colour for p in found.precision})
+def _show_precision(result: Inspection, out: Console) -> None:
+    dtypes = [d for d in FLOATS if any(p.dtype == d for p in result.precision)]
+    numbers = {(p.colour, p.dtype): p.count for p in result.precision}
+    colours = sorted({p.colour for p in result.precision})
     cells = [(c, *(numbers.get((c, d), 0) for d in dtypes)) for c in colours]
     out.print(table(("forward and backward", *dtypes), cells, right=dtypes))
     out.print()
-    kept = [(f.op, f.count, f.reason) for f in found.float32]
+    kept = [(f.op, f.count, f.reason) for f in result.float32]
     out.print(table(("in float32", "count", "why"), kept, right=("count",)))
     out.print()
 

@@ -61,6 +61,7 @@ class MemoryResult:
 @common_options
 def memory(
     words: tuple[str, ...],
+    *,
     at: str | None,
     compare: tuple[str, ...],
     of: str,
@@ -103,7 +104,7 @@ def memory(
         for name, p, run in zip(modes, profiles, runs, strict=True)
     ]
     result = MemoryResult(target, first.tensors, first.device, first.notes, tuple(summaries))
-    _write_files(target, first, profiles[0], png, html, trace)
+    _write_files(target, first, profiles[0], png=png, html=html, trace=trace)
     if as_json:
         print_json("memory", result)
     else:
@@ -150,6 +151,7 @@ def _write_files(
     target: str,
     run: DryRun,
     profile: MemoryProfile,
+    *,
     png: Path | None,
     html: Path | None,
     trace: Path | None,
@@ -171,35 +173,35 @@ def _write_files(
 
 def show(result: MemoryResult, profile: MemoryProfile, out: Console) -> None:
     """Print ``result`` for a person, with the timeline of the first mode."""
-    found = result.modes[0].memory
-    per = f"{found.bytes_per_parameter:.2f} bytes per parameter"
+    used = result.modes[0].memory
+    per = f"{used.bytes_per_parameter:.2f} bytes per parameter"
     out.print(
-        f"{result.target}: peak {bytes_text(found.peak)}, {per}, in {found.phase}", style="bold", markup=False
+        f"{result.target}: peak {bytes_text(used.peak)}, {per}, in {used.phase}", style="bold", markup=False
     )
-    out.print(f"{NOTES[found.of]}; {result.tensors} tensors, device {result.device}", markup=False)
+    out.print(f"{NOTES[used.of]}; {result.tensors} tensors, device {result.device}", markup=False)
     for note in result.notes:
         out.print(f"note: {note}", markup=False)
-    out.print(f"formula: {found.formula}", markup=False, soft_wrap=True)
-    for name, what in found.sizes.items():
+    out.print(f"formula: {used.formula}", markup=False, soft_wrap=True)
+    for name, what in used.sizes.items():
         out.print(f"  {name}: {what}", markup=False)
     out.print()
     timeline(profile, out)
     out.print()
-    show_phases(found, out)
+    show_phases(used, out)
     out.print()
-    rows = [(a.name, a.role, f"{a.dtype}[{a.shape}]", bytes_text(a.bytes), a.where) for a in found.largest]
+    rows = [(a.name, a.role, f"{a.dtype}[{a.shape}]", bytes_text(a.bytes), a.where) for a in used.largest]
     out.print(table(("alive at the peak", "role", "type", "size", "your line"), rows, right=("size",)))
     if len(result.modes) > 1:
         out.print()
         _show_modes(result, out)
 
 
-def show_phases(found: MemorySummary, out: Console) -> None:
+def show_phases(used: MemorySummary, out: Console) -> None:
     """Bytes by role at the peak of each phase; the peak of all is marked."""
-    phases = [f"{p.phase} *" if p.peak == found.peak else p.phase for p in found.phases]
-    roles = list(dict.fromkeys(role for p in found.phases for role in p.roles))
-    rows = [(role, *(bytes_text(p.roles.get(role, 0)) for p in found.phases)) for role in roles]
-    rows.append(("all", *(bytes_text(p.peak) for p in found.phases)))
+    phases = [f"{p.phase} *" if p.peak == used.peak else p.phase for p in used.phases]
+    roles = list(dict.fromkeys(role for p in used.phases for role in p.roles))
+    rows = [(role, *(bytes_text(p.roles.get(role, 0)) for p in used.phases)) for role in roles]
+    rows.append(("all", *(bytes_text(p.peak) for p in used.phases)))
     out.print(table(("at the peak of", *phases), rows, right=phases))
 
 

@@ -35,35 +35,35 @@ class PassesResult:
 
 @click.option("--verbose", is_flag=True, help="what each pass requires, uses and ensures instead")
 @common_options
-def passes(verbose: bool, as_json: bool, traceback: bool) -> None:
+def passes(*, verbose: bool, as_json: bool, traceback: bool) -> None:
     """List the passes in the order they run, with one line each.
 
     \b
     Example: fxpass passes
              fxpass passes --verbose
     """
-    found = tuple(
+    infos = tuple(
         PassInfo(
-            cls.name,
-            first_line(cls),
-            tuple(f.name for f in dataclasses.fields(cls)),
-            _names(cls.requires),
-            _names(cls.uses),
-            _names(cls.ensures),
+            name=cls.name,
+            summary=first_line(cls),
+            options=tuple(f.name for f in dataclasses.fields(cls)),
+            requires=_names(cls.requires),
+            uses=_names(cls.uses),
+            ensures=_names(cls.ensures),
         )
         for cls in PASSES
     )
     results = {kind.__name__: first_line(kind) for cls in PASSES for kind in cls.ensures}
     if as_json:
-        print_json("passes", PassesResult(found, results))
+        print_json("passes", PassesResult(infos, results))
         return
     if verbose:
-        cells = ((p.name, *map(", ".join, (p.requires, p.uses, p.ensures))) for p in found)
+        cells = ((p.name, *map(", ".join, (p.requires, p.uses, p.ensures))) for p in infos)
         console().print(table(("pass", "requires", "uses", "ensures"), cells))
         console().print()
         console().print(table(("result", "what it is"), results.items()))
         return
-    rows = [(p.name, p.summary, ", ".join(p.options)) for p in found]
+    rows = [(p.name, p.summary, ", ".join(p.options)) for p in infos]
     console().print(table(("pass", "what it does", "options"), rows))
 
 

@@ -38,6 +38,7 @@ class ReportResult:
 @common_options
 def report(
     target: str,
+    *,
     output: Path,
     of: str,
     options: dict[str, Any],

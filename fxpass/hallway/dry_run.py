@@ -7,6 +7,7 @@ weights exist, so that a step too large for this machine can be looked at.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -92,11 +93,14 @@ def dry_run(
     Raises:
         FxpassError: the step cannot be captured whole.
     """
+    attempt = functools.partial(
+        _attempt, make, options, device, points=points, dynamic=dynamic, of=of, kernels=kernels
+    )
     if tensors == "real":
-        return _attempt(make, options, device, False, points, dynamic, of, kernels)
+        return attempt(fake=False)
     before = _fake_bytes()
     try:
-        return _attempt(make, options, device, True, points, dynamic, of, kernels)
+        return attempt(fake=True)
     except CaptureError:
         raise  # a graph break is one with real tensors too
     except Exception as error:
@@ -104,7 +108,7 @@ def dry_run(
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     gc.collect()
-    run = _attempt(make, options, device, False, points, dynamic, of, kernels)
+    run = attempt(fake=False)
     return replace(run, notes=(f"not with fake tensors: {reason}", *run.notes))
 
 
@@ -112,6 +116,7 @@ def _attempt(
     make: Callable[[], Call],
     options: Mapping[str, Any],
     device: str | None,
+    *,
     fake: bool,
     points: Collection[str] | None,
     dynamic: bool | None,
@@ -148,7 +153,18 @@ def _attempt(
     device = _device(graphs[0])
     record = backend.graphs[-1]
     of = profiled[-1]
-    return DryRun(record, graphs[0], views, kind, device, of, tuple(notes), ranks[0], tuple(sent), compiled)
+    return DryRun(
+        record=record,
+        step=graphs[0],
+        views=views,
+        tensors=kind,
+        device=device,
+        memory_of=of,
+        notes=tuple(notes),
+        ranks=ranks[0],
+        transfers=tuple(sent),
+        kernels=compiled,
+    )
 
 
 def _profiler(
@@ -170,7 +186,7 @@ def _profiler(
         return memory
 
     def profile(step: StepGraph, inputs: list[Any], options: Options, mode: str | None) -> MemoryProfile:
-        found = graph_profile(step)  # first: scheduling takes the graph apart
+        result = graph_profile(step)  # first: scheduling takes the graph apart
         profiled.append("graph")
         count = len(step.graph.nodes)
         if of == "auto" and count > LARGE:
@@ -179,12 +195,12 @@ def _profiler(
             )
         elif of != "graph":
             try:
-                found = program(step, inputs, options, mode)
+                result = program(step, inputs, options, mode)
                 profiled[-1] = "program"
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
                 notes.append(f"memory of the graph: Inductor failed with {type(error).__name__}: {reason}")
-        return found
+        return result
 
     return profile, profiled, compiled
 
@@ -236,8 +252,8 @@ class _CpuForCuda(TorchFunctionMode):
 def _device(step: StepGraph) -> str:
     """Where the parameters are, or the inputs of a step without."""
     inputs = sorted(step.roles, key=lambda n: step.roles[n] is not Role.PARAMETER)
-    found = (n.meta["val"].device.type for n in inputs if isinstance(n.meta["val"], torch.Tensor))
-    return next(found, "cpu")
+    devices = (n.meta["val"].device.type for n in inputs if isinstance(n.meta["val"], torch.Tensor))
+    return next(devices, "cpu")
 
 
 def _fake_bytes() -> int:

@@ -104,7 +104,7 @@ def compile_frame(
     state.compilations.refuse(record)
     undo: list[Callable[[], None]] = []
     try:
-        compilation = _Compilation(options, state, gm, inputs, mode, record)
+        compilation = _Compilation(options, state, gm, inputs, mode=mode, record=record)
         for event in compilation.events:
             undo.append(optim_state.create_state(event.optimizer(), event.params, event.where))
             event.habits = optim_state.habits_of(event.optimizer(), list(event.params), event.where)
@@ -140,6 +140,7 @@ class _Compilation:
         state: StepState,
         gm: GraphModule,
         inputs: Sequence[Any],
+        *,
         mode: str | None,
         record: _torch.FrameRecord,
     ) -> None:
@@ -148,7 +149,7 @@ class _Compilation:
         self.names = checks.input_names(gm, record)
         self.events = events_of(record, self.names)
         self.clock = current()
-        self.found: keep.Kept | None = None  # in the cache on disk
+        self.on_disk: keep.Kept | None = None  # what an earlier process has compiled
 
     def run(self) -> CompiledStep:
         scaler, events = self.state.scaler, self.events
@@ -162,7 +163,13 @@ class _Compilation:
             self.options.check_sharded()
             checks.check_all_sharded(self.record, events, shards, self.names)
         self.captured = capture(
-            self.gm, self.record, events, fields, shards, self.names, keep_grads=keep_grads
+            self.gm,
+            self.record,
+            events,
+            scaler_fields=fields,
+            shards=shards,
+            names=self.names,
+            keep_grads=keep_grads,
         )
         self.watch = Watch.make(len(self.captured.gradients), device) if events else None
         extras = Extras(scaler, self.watch, device)
@@ -171,29 +178,34 @@ class _Compilation:
         not_inference = checks.still_requires_grad(self.record, self.state.last_break)
         with stage("capture"):
             call = _torch.trace(
-                self.captured.gm, self.inputs, extras.tensors(), self._inner, not_inference, warm
+                self.captured.gm,
+                self.inputs,
+                extras.tensors(),
+                compiler=self._inner,
+                not_inference=not_inference,
+                warm=warm,
             )
-        if self.found is not None:
-            self._describe(self.found.columns)
-            self._note(self.found, "hit")
-            keep.warn_again(self.found.warned)
+        if self.on_disk is not None:
+            self._describe(self.on_disk.columns)
+            self._note(self.on_disk, "hit")
+            keep.warn_again(self.on_disk.warned)
         return CompiledStep(
-            call,
-            extras,
-            {event.number: event.optimizer for event in events},
-            self.captured.outputs,
-            sorted(self.captured.numbers),
-            self.captured.kept,
-            self._cleared(),
-            self._dropped() if self.options.grads == "drop" else [],
-            self.state.reporter,
-            checks.module_hooks_stay(self.record),
-            [i for i, node in enumerate(self.captured.inputs) if node in self.captured.shards],
+            call=call,
+            extras=extras,
+            optimizers={event.number: event.optimizer for event in events},
+            outputs=self.captured.outputs,
+            numbers=sorted(self.captured.numbers),
+            kept=self.captured.kept,
+            cleared=self._cleared(),
+            dropped=self._dropped() if self.options.grads == "drop" else [],
+            reporter=self.state.reporter,
+            holds=checks.module_hooks_stay(self.record),
+            parts=[i for i, node in enumerate(self.captured.inputs) if node in self.captured.shards],
         )
 
     def _inner(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """AOTAutograd's compiler: the ATen graph through passes and lowering."""
-        self.found = None
+        self.on_disk = None
         step = to_step(self.captured, gm, self.names)
         checks.check_reads(self.events, step.reads)
         check_by_element(step, [(type(e.optimizer()).__name__, e.where) for e in self.events])
@@ -215,13 +227,30 @@ class _Compilation:
         after = to_text(step)
         if look is not None:
             memory = look.profile(step, inputs, self.options, self.mode)
-            record = GraphRecord(before, after, passes, unreached, self.clock.cpu, memory, escaping)
+            record = GraphRecord(
+                before=before,
+                after=after,
+                passes=passes,
+                unreached=unreached,
+                seconds=self.clock.cpu,
+                memory=memory,
+                escaping=escaping,
+            )
             self._keep(record)
             raise DryRunEnd
         self._agree(step)
         lowered = lower(step, inputs, self.options, self.mode)
         comparisons = [event.assumed.comparisons if event.assumed else () for event in self.events]
-        kept = keep.Kept(before, after, passes, lowered.memory, columns, comparisons, lowered.calls, warned)
+        kept = keep.Kept(
+            before=before,
+            after=after,
+            passes=passes,
+            memory=lowered.memory,
+            columns=columns,
+            comparisons=comparisons,
+            calls=lowered.calls,
+            warned=warned,
+        )
         self._note(kept, self.cache)
         return keep.as_code(lowered, kept)
 
@@ -230,7 +259,12 @@ class _Compilation:
         if self.record.replicas or self.captured.shards:
             return None, "ranks agree on each compilation"
         return keep.warm(
-            self.options, self.mode, self.captured, self.names, [*self.inputs, *extras], self._restore
+            self.options,
+            self.mode,
+            self.captured,
+            names=self.names,
+            inputs=[*self.inputs, *extras],
+            restore=self._restore,
         )
 
     def _restore(self, kept: keep.Kept) -> None:
@@ -241,13 +275,19 @@ class _Compilation:
         """
         for event, comparisons in zip(self.events, kept.comparisons, strict=True):
             event.assumed = assumptions.Assumptions.again(event.optimizer(), event.where, comparisons)
-        self.found = kept
+        self.on_disk = kept
 
     def _note(self, kept: keep.Kept, cache: str) -> None:
         unreached = checks.unreached(self.events)
         escaping = checks.escaping(self.record, self.names, self.captured.kept)
         record = GraphRecord(
-            kept.before, kept.after, kept.passes, unreached, self.clock.cpu, kept.memory, escaping
+            before=kept.before,
+            after=kept.after,
+            passes=kept.passes,
+            unreached=unreached,
+            seconds=self.clock.cpu,
+            memory=kept.memory,
+            escaping=escaping,
         )
         record.wall, record.cache = self.clock.wall, cache
         self._keep(record)
@@ -304,8 +344,8 @@ class _Compilation:
 def _shards(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Shard]:
     """The inputs that are parameters of ``fxpass.shard_``, by name in Dynamo's graph."""
     placeholders = (node.name for node in gm.graph.nodes if node.op == "placeholder")
-    found = {name: _torch.shard_of(value) for name, value in zip(placeholders, inputs, strict=True)}
-    return {name: shard for name, shard in found.items() if shard is not None}
+    shards = {name: _torch.shard_of(value) for name, value in zip(placeholders, inputs, strict=True)}
+    return {name: shard for name, shard in shards.items() if shard is not None}
 
 
 def _binding(event: Event) -> OptimizerBinding:

@@ -78,8 +78,8 @@ class GraphRecord:
             f"peak {peak.bytes:,} bytes at {peak.moment.name} ({peak.moment.phase}): {self.memory.expression}"
         ]
         for phase in dict.fromkeys(m.phase for m in self.memory.moments):
-            if (found := self.memory.peak_of(phase)) is not None:
-                lines.append(f"  {phase:<9}{found.bytes:>16,}  at {found.moment.name}")
+            if (highest := self.memory.peak_of(phase)) is not None:
+                lines.append(f"  {phase:<9}{highest.bytes:>16,}  at {highest.moment.name}")
         lines += [f"  {t.bytes:>25,}  {t.name} ({t.role}) {t.where}".rstrip() for t in peak.live[:5]]
         if self.memory.bounds:
             stated = ", ".join(f"{symbol} {bound}" for symbol, bound in self.memory.bounds.items())

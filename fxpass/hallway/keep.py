@@ -84,6 +84,7 @@ def warm(
     options: Options,
     mode: str | None,
     captured: Captured,
+    *,
     names: Mapping[str, str],
     inputs: Sequence[Any],
     restore: Callable[[Kept], None],
@@ -104,9 +105,9 @@ def warm(
         return None, str(reason)
 
     def load(parts: list[Callable[..., Any]], kept: bytes) -> Callable[..., Any]:
-        found: Kept = pickle.loads(kept)
-        restore(found)
-        return assembled(parts, found.calls)
+        restored: Kept = pickle.loads(kept)
+        restore(restored)
+        return assembled(parts, restored.calls)
 
     return _torch.Warm(text, settings, load), "miss"
 

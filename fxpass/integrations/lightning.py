@@ -279,9 +279,9 @@ _HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step",
 
 def _hooks(trainer: Any) -> dict[str, list[Callable[..., Any]]]:
     """What callbacks and the module have of their own for inside of an update."""
-    module, found = trainer.lightning_module, {}
+    module, hooks = trainer.lightning_module, {}
     for name in _HOOKS:
         callbacks = [c for c in trainer.callbacks if name != _CLIP and is_overridden(name, c)]
-        found[name] = [functools.partial(getattr(c, name), trainer, module) for c in callbacks]
-        found[name] += [getattr(module, name)] if is_overridden(name, module) else []
-    return found
+        hooks[name] = [functools.partial(getattr(c, name), trainer, module) for c in callbacks]
+        hooks[name] += [getattr(module, name)] if is_overridden(name, module) else []
+    return hooks

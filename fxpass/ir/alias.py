@@ -93,11 +93,11 @@ def hint_of(size: Any) -> int | None:
 
 def view_of(node: Node) -> Node | None:
     """The argument in whose storage the result does lie; None if it is a new one."""
-    found = shared(node)
-    if node.target is MARK or not isinstance(node.target, torch._ops.OpOverload) or not found:
+    operands = shared(node)
+    if node.target is MARK or not isinstance(node.target, torch._ops.OpOverload) or not operands:
         return None
     copies = {aten.reshape.default: _reshape_copies, aten.contiguous.default: _contiguous_copies}
-    return None if copies.get(node.target, _never)(found[0], node) else found[0]
+    return None if copies.get(node.target, _never)(operands[0], node) else operands[0]
 
 
 def storage_of(node: Node) -> Node:
@@ -111,15 +111,15 @@ def storage_of(node: Node) -> Node:
 
 def input_storages(graph: Graph) -> Storages:
     """The inputs in whose storage each value may lie; values that lie in none are left out."""
-    found: Storages = {}
+    storages: Storages = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            found[node] = frozenset((node,))
+            storages[node] = frozenset((node,))
         elif not written(node):  # what a write returns is the new value
-            inputs = [found[n] for n in shared(node) if n in found]
+            inputs = [storages[n] for n in shared(node) if n in storages]
             if inputs:
-                found[node] = frozenset[Node]().union(*inputs)
-    return found
+                storages[node] = frozenset[Node]().union(*inputs)
+    return storages
 
 
 @dataclass(frozen=True)

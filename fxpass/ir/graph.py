@@ -127,8 +127,8 @@ class StepGraph:
 
     def marks(self, role: str) -> list[Node]:
         """The mark nodes of one role, in the order of their index."""
-        found = self.numbered(role)
-        return [found[index] for index in sorted(found)]
+        numbered = self.numbered(role)
+        return [numbered[index] for index in sorted(numbered)]
 
     def numbered(self, role: str) -> dict[int, Node]:
         """The mark nodes of one role by their index."""
@@ -172,15 +172,15 @@ def is_float(node: object) -> bool:
 
 def seed_losses(step: StepGraph) -> dict[Node, Node | None]:
     """By SEED mark, the loss that its backward() was called on; None if the user gave the gradient."""
-    found: dict[Node, Node | None] = {}
+    losses: dict[Node, Node | None] = {}
     for mark in step.marks(SEED):
         node: object = mark.args[0]
         while isinstance(node, Node) and node.target in (aten.mul.Tensor, aten._to_copy.default):
             node = node.args[0]
         is_ones = isinstance(node, Node) and node.target is aten.ones_like.default
         loss = node.args[0] if isinstance(node, Node) and is_ones else None
-        found[mark] = loss if isinstance(loss, Node) and loss.op == "call_function" else None
-    return found
+        losses[mark] = loss if isinstance(loss, Node) and loss.op == "call_function" else None
+    return losses
 
 
 def phase(node: Node) -> Phase:

@@ -92,10 +92,10 @@ def _check_value(node: Node, fail: Fail) -> None:
         return
     target = node.target
     try:
-        found = recompute(node, fakes[0].fake_mode, lambda: target(*args, **kwargs))
+        computed = recompute(node, fakes[0].fake_mode, lambda: target(*args, **kwargs))
     except Exception as error:
         raise fail(node, f"it cannot be computed from its inputs: {error}") from error
-    for new, old in zip(tree_flatten(found)[0], tree_flatten(node.meta["val"])[0], strict=True):
+    for new, old in zip(tree_flatten(computed)[0], tree_flatten(node.meta["val"])[0], strict=True):
         if isinstance(new, torch.Tensor) and (new.dtype != old.dtype or not same_shape(new, old)):
             raise fail(
                 node, f"its value is {new.dtype} {tuple(new.shape)}, recorded {old.dtype} {tuple(old.shape)}"

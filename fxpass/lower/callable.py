@@ -91,7 +91,7 @@ def _lower(
         facts = facts_of(step)
     units = find_units(step) if options.outline == "auto" and on_cpu else []
     if units:
-        return _outlined(step, units, facts, inputs, settings, dry, check=options.verify)
+        return _outlined(step, units, facts, inputs=inputs, settings=settings, dry=dry, check=options.verify)
     if not on_cpu:
         store_scalars(step)
     whole = _whole(step, inputs, settings, dry)
@@ -119,10 +119,10 @@ def _outlined(
     step: StepGraph,
     units: list[Unit],
     facts: Facts,
+    *,
     inputs: Sequence[Any],
     settings: Mapping[str, Any],
     dry: bool,
-    *,
     check: bool,
 ) -> Lowered:
     first = {unit.key: unit for unit in reversed(units)}

@@ -52,7 +52,17 @@ def facts_of(step: StepGraph) -> Facts:
     try:
         return _facts_of(step)
     except Exception as error:  # whatever it is: a profile is not worth a failed compilation
-        return Facts({}, {}, {}, {}, (), 0, Symbols([]), 1, missing=f"{type(error).__name__}: {error}")
+        return Facts(
+            roles={},
+            phases={},
+            lines={},
+            makers={},
+            inputs=(),
+            parameters=0,
+            symbols=Symbols([]),
+            rounding=1,
+            missing=f"{type(error).__name__}: {error}",
+        )
 
 
 def _facts_of(step: StepGraph) -> Facts:
@@ -68,18 +78,32 @@ def _facts_of(step: StepGraph) -> Facts:
         dtype = str(getattr(value, "dtype", "int")).removeprefix("torch.")
         shape = "x".join(map(str, getattr(value, "shape", ()))) or "scalar"
         name = step.names.get(node) or node.name
-        inputs.append(LiveTensor(name, node.name, role, "input", dtype, shape, "", size, 0, -1, 0))
+        inputs.append(
+            LiveTensor(
+                name=name,
+                node=node.name,
+                role=role,
+                phase="input",
+                dtype=dtype,
+                shape=shape,
+                where="",
+                size=size,
+                bytes=0,
+                birth=-1,
+                death=0,
+            )
+        )
     tensors = [n.meta["val"] for n in placeholders if isinstance(n.meta["val"], Tensor)]
     rounding = CUDA_BLOCK if any(t.device.type == "cuda" for t in tensors) else 1
     return Facts(
-        roles,
-        {n.name: phase(n).value for n in step.graph.nodes},
-        {n.name: user_place(n) for n in step.graph.nodes},
-        {n.name: made.pass_name for n in step.graph.nodes if (made := origin(n))},
-        tuple(inputs),
-        parameter_count(step),
-        Symbols.of(step),
-        rounding,
+        roles=roles,
+        phases={n.name: phase(n).value for n in step.graph.nodes},
+        lines={n.name: user_place(n) for n in step.graph.nodes},
+        makers={n.name: made.pass_name for n in step.graph.nodes if (made := origin(n))},
+        inputs=tuple(inputs),
+        parameters=parameter_count(step),
+        symbols=Symbols.of(step),
+        rounding=rounding,
     )
 
 
@@ -193,18 +217,18 @@ class _Replay:
     def finish(self, estimate: int) -> MemoryProfile:
         facts, end = self.facts, len(self.moments)
         inputs = [replace(t, death=end) for t in facts.inputs]
-        found = [*inputs, *(self.tensor(storage, end) for storage in self.storages), *self.scratch]
+        symbolic = [*inputs, *(self.tensor(storage, end) for storage in self.storages), *self.scratch]
         values, sources = facts.symbols.values, facts.symbols.sources
-        tensors, unsized = sized(found, values, facts.symbols.resolve)
+        tensors, unsized = sized(symbolic, values, facts.symbols.resolve)
         return MemoryProfile(
-            tuple(self.moments),
-            tensors,
-            facts.parameters,
-            values,
-            sources,
-            estimate,
-            facts.symbols.stated,
-            unsized,
+            moments=tuple(self.moments),
+            tensors=tensors,
+            parameters=facts.parameters,
+            values=values,
+            sources=sources,
+            estimate=estimate,
+            bounds=facts.symbols.stated,
+            unsized=unsized,
         )
 
     def tensor(self, storage: _Storage, end: int) -> LiveTensor:
@@ -216,17 +240,17 @@ class _Replay:
             size = sympy.ceiling(size / facts.rounding) * facts.rounding
         born = self.moments[birth].phase if self.moments else "forward"
         return LiveTensor(
-            block.node or block.name,
-            block.node,
-            self.role(storage, born, death),
-            born,
-            block.dtype,
-            block.shape,
-            facts.lines.get(block.node, ""),
-            size,
-            0,
-            birth,
-            death,
+            name=block.node or block.name,
+            node=block.node,
+            role=self.role(storage, born, death),
+            phase=born,
+            dtype=block.dtype,
+            shape=block.shape,
+            where=facts.lines.get(block.node, ""),
+            size=size,
+            bytes=0,
+            birth=birth,
+            death=death,
         )
 
     def role(self, storage: _Storage, born: str, death: int) -> str:

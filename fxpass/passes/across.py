@@ -36,8 +36,8 @@ def across(
         heard = call(collectives.wait_tensor.default, started)
         heard = call(aten.view.default, heard, [shard.ranks, len(values)])
         total, top = call(aten.sum.dim_IntList, heard, [0]), call(aten.amax.default, heard, [0])
-        found = []
+        results = []
         for i, value in enumerate(values):
             one = call(aten.select.int, total if i < len(sums) else top, 0, i)
-            found.append(edit.cast(one, tensor(value).dtype, when=Phase.CHECK, reason=REASON))
-    return found[: len(sums)], found[len(sums) :]
+            results.append(edit.cast(one, tensor(value).dtype, when=Phase.CHECK, reason=REASON))
+    return results[: len(sums)], results[len(sums) :]

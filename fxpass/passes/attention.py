@@ -153,14 +153,14 @@ class _Exchange:
 
     def _results(self, made: Node, count: int) -> list[Any]:
         """The first results of ``made``; None and numbers as they are."""
-        found: list[Any] = list(made.meta["val"][:count])
+        results: list[Any] = list(made.meta["val"][:count])
         with self.edit.after(made):
-            for number, value in enumerate(found):
+            for number, value in enumerate(results):
                 if isinstance(value, (Tensor, torch.SymInt)):
-                    found[number] = self.edit.call(
+                    results[number] = self.edit.call(
                         operator.getitem, made, number, when=phase(made), reason=self.reason
                     )
-        return found
+        return results
 
     def _replace(self, old: Node, results: list[Any]) -> None:
         for user in list(old.users):

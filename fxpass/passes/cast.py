@@ -98,12 +98,12 @@ class _Caster:
 
     def _weights(self) -> set[Node]:
         """Inputs, their views and the user's casts of them: cheap to make again, dear to keep."""
-        found = {n for n, role in self.step.roles.items() if role in (Role.PARAMETER, Role.INPUT)}
+        weights = {n for n, role in self.step.roles.items() if role in (Role.PARAMETER, Role.INPUT)}
         for node in list(self.step.nodes()):
-            if node.args and node.args[0] in found and not _drop_if_idle(node, self.edit):
+            if node.args and node.args[0] in weights and not _drop_if_idle(node, self.edit):
                 if op_name(node.target) in VIEWS or is_cast(node, self.low) or node.target is GATHER_ROWS:
-                    found.add(node)
-        return found
+                    weights.add(node)
+        return weights
 
     # ------------------------------------------------------------ one node
 

@@ -53,8 +53,8 @@ class Clip(GraphPass):
         for read in reads:
             groups.setdefault(self._key(step, read), []).append(read.mark)
         acting = [self._clip(norms, group, self.max_norm) for group in groups.values()]
-        if found := [norm for norm in acting if norm is not None]:
-            note_clipped(norms, found, self.max_norm)
+        if limited := [norm for norm in acting if norm is not None]:
+            note_clipped(norms, limited, self.max_norm)
 
     def _key(self, step: StepGraph, read: Read) -> object:
         """Equal for gradients with one norm in common."""

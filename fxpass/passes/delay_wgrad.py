@@ -47,15 +47,15 @@ class DelayWgrad(GraphPass):
 
 def _with_views(node: Node, before: int, order: dict[Node, int]) -> list[Node] | None:
     """``node`` and views of it that stand before position ``before``; None if more than views do."""
-    found = [node]
-    for current in found:
+    nodes = [node]
+    for current in nodes:
         for user in current.users:
             if order[user] > before:
                 continue
             if not is_view(user):
                 return None
-            found.append(user)
-    return sorted(found, key=order.__getitem__)
+            nodes.append(user)
+    return sorted(nodes, key=order.__getitem__)
 
 
 def _share_an_input(first: Node, second: Node) -> bool:

@@ -171,13 +171,13 @@ def _repeat(step: StepGraph, edit: Editor, again: set[Node]) -> None:
 
 def _needed(node: Node, again: set[Node], copies: dict[Node, Node]) -> set[Node]:
     """What must be copied before ``node``: nodes of ``again`` it reads, views of them, and their inputs."""
-    found: set[Node] = set()
+    needed: set[Node] = set()
     stack = [n for n in node.all_input_nodes if storage_of(n) in again]
     while stack:
         current = stack.pop()
-        if current in found or current in copies:
+        if current in needed or current in copies:
             continue
         if current in again or (is_view(current) and storage_of(current) in again):
-            found.add(current)
+            needed.add(current)
             stack += current.all_input_nodes
-    return found
+    return needed

@@ -87,8 +87,8 @@ class Checked(Result):
     def faults(self, step: StepGraph) -> Iterator[str]:
         if step.trains and len(self.found_inf) != len(step.backwards_before):
             yield f"{len(self.found_inf)} verdicts for {len(step.backwards_before)} optimizer steps"
-        for event, found in self.found_inf.items():
-            if tensor(found).dtype is not torch.bool or tensor(found).ndim:
+        for event, overflow in self.found_inf.items():
+            if tensor(overflow).dtype is not torch.bool or tensor(overflow).ndim:
                 yield f"the verdict of optimizer step {event} is no single bool"
 
 

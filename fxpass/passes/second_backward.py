@@ -84,15 +84,15 @@ def _large(user: Node) -> list[Node]:
 
 def _behind(values: list[Node]) -> set[Node]:
     """What has to be computed again for ``values``: large results of backward, and the views between."""
-    found: set[Node] = set()
+    nodes: set[Node] = set()
     stack = list(values)
     while stack:
         node = stack.pop()
-        if node in found or node.op != "call_function" or phase(node) not in AGAIN or not _repeats(node):
+        if node in nodes or node.op != "call_function" or phase(node) not in AGAIN or not _repeats(node):
             continue
-        found.add(node)
+        nodes.add(node)
         stack += node.all_input_nodes
-    return found
+    return nodes
 
 
 def _repeats(node: Node) -> bool:

@@ -56,10 +56,10 @@ class Shard(GraphPass):
         segments = _segments(step)
         gathers = [node for node in step.graph.nodes if node.target is GATHER_ROWS]
         means = [node for node in step.graph.nodes if node.target is AVERAGE_ROWS]
-        for found in _by(gathers, lambda node: (segments[node], tensor(node).dtype)):
-            _Gathers(self, step, edit).run(found)
-        for found in _by(means, lambda node: (segments[node], tensor(node).dtype)):
-            _Means(self, step, edit).run(found)
+        for group in _by(gathers, lambda node: (segments[node], tensor(node).dtype)):
+            _Gathers(self, step, edit).run(group)
+        for group in _by(means, lambda node: (segments[node], tensor(node).dtype)):
+            _Means(self, step, edit).run(group)
         _drop_unread(step, edit)
 
     def _gather_low_tables(self, step: StepGraph, edit: Editor) -> None:
@@ -243,13 +243,13 @@ def _pad(edit: Editor, value: Node, rows: int, when: Phase, reason: str) -> Node
 
 def _segments(step: StepGraph) -> dict[Node, int]:
     """By node, which forward or backward of the step it belongs to: a number."""
-    found: dict[Node, int] = {}
+    segments: dict[Node, int] = {}
     number, last = 0, Phase.FORWARD
     for node in step.graph.nodes:
         if phase(node) in (Phase.FORWARD, Phase.BACKWARD) and phase(node) is not last:
             number, last = number + 1, phase(node)
-        found[node] = number
-    return found
+        segments[node] = number
+    return segments
 
 
 def _is_stored(node: Node) -> bool:

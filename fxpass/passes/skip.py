@@ -53,15 +53,15 @@ def _skip_step(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
     last = checked.last
     finals = {n.args[0]: n for n in step.graph.nodes if n.target is aten.copy_.default}
     for update in step.updates:
-        mark, found = update.mark, checked.found_inf[update.event]
+        mark, overflow = update.mark, checked.found_inf[update.event]
         final = finals.pop(step.slots[update.slot], None)
         reason = "one gradient of the step is not finite: the update is skipped whole"
-        _keep(edit, mark, 0, found, source(mark, 3), reason)
-        if found is not last and final is not None:
+        _keep(edit, mark, 0, overflow, source(mark, 3), reason=reason)
+        if overflow is not last and final is not None:
             reason = "a gradient of a later optimizer is not finite: the step is skipped whole"
-            _keep(edit, final, 1, last, source(mark, 3), reason)
+            _keep(edit, final, 1, last, source(mark, 3), reason=reason)
     for write in statistics:
-        _keep(edit, write, 1, last, source(write), "depends on a gradient, and the step is skipped")
+        _keep(edit, write, 1, last, source(write), reason="depends on a gradient, and the step is skipped")
 
 
 def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None:
@@ -76,22 +76,31 @@ def _skip_tensors(step: StepGraph, edit: Editor, statistics: list[Node]) -> None
         own = [update for write in group.writes for update in updates[source(write)]]
         for event in dict.fromkeys(update.event for update in own):  # none: the user's own writes
             values = _checks(step, group.body, event=event)
-            found = _verdict(edit, values) if values else checked.found_inf[event]
+            overflow = _verdict(edit, values) if values else checked.found_inf[event]
             for mark in (update.mark for update in own if update.event == event):
-                _keep(edit, mark, 0, found, source(mark, 3), "this parameter's own gradient is not finite")
+                _keep(
+                    edit,
+                    mark,
+                    0,
+                    overflow,
+                    source(mark, 3),
+                    reason="this parameter's own gradient is not finite",
+                )
     for write in statistics:  # of gradients that no optimizer reads nothing is known but what they led to
         known = set(read[write]) <= set(checked.gradients)
-        found = _verdict(edit, checks[write]) if known else last
-        _keep(edit, write, 1, found, source(write), "a gradient it depends on is not finite")
+        overflow = _verdict(edit, checks[write]) if known else last
+        _keep(edit, write, 1, overflow, source(write), reason="a gradient it depends on is not finite")
 
 
-def _keep(edit: Editor, node: Node, index: int, found: Node, old: Node, reason: str) -> None:
-    """Make argument ``index`` of ``node`` the ``old`` value where ``found``."""
+def _keep(edit: Editor, node: Node, index: int, overflow: Node, old: Node, *, reason: str) -> None:
+    """Make argument ``index`` of ``node`` the ``old`` value where ``overflow``."""
     when = Phase.UPDATE if index == 0 else Phase.AFTER
-    if node < found:  # an optimizer that steps inside of backward, before the other gradients are looked at
-        edit.hoist(found, node)
+    if (
+        node < overflow
+    ):  # an optimizer that steps inside of backward, before the other gradients are looked at
+        edit.hoist(overflow, node)
     with edit.before(node):
-        kept = edit.call(aten.where.self, found, old, source(node, index), when=when, reason=reason)
+        kept = edit.call(aten.where.self, overflow, old, source(node, index), when=when, reason=reason)
     edit.set_arg(node, index, kept)
 
 

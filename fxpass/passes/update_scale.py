@@ -37,26 +37,26 @@ class UpdateScale(GraphPass):
         if not checked.found_inf:
             edit.decline("no finite check to act on")
             return
-        found = checked.last
+        overflow = checked.last
         output = next(n for n in reversed(step.graph.nodes) if n.op == "output")
         with edit.before(output):
             out = Writer(step, edit, Phase.SCALE, "loss scale state")
-            _count(out, found)
+            _count(out, overflow)
             if self.loss_scale is not None:
                 magnitudes = [checked.largest[mark] for mark in checked.gradients]
-                self.loss_scale.move(out, found, magnitudes, torch.finfo(self.dtype).max)
+                self.loss_scale.move(out, overflow, magnitudes, torch.finfo(self.dtype).max)
             out.flush()
         step.result(NextScale).written.update(out.written)
 
 
-def _count(out: Writer, found: Node) -> None:
+def _count(out: Writer, overflow: Node) -> None:
     read, step = out.step.scaler, out.step
     out.write("steps", out.op(aten.add.Tensor, read["steps"], 1))
-    out.write("skipped", out.op(aten.add.Tensor, read["skipped"], out.cast(found, torch.int64)))
+    out.write("skipped", out.op(aten.add.Tensor, read["skipped"], out.cast(overflow, torch.int64)))
     again = out.op(aten.add.Tensor, read["consecutive_skipped"], 1)
-    out.write("consecutive_skipped", out.select(found, again, out.zero("consecutive_skipped")))
+    out.write("consecutive_skipped", out.select(overflow, again, out.zero("consecutive_skipped")))
     if (norm := step.result(GlobalNorm).norm) is not None:
         out.write("grad_norm", out.cast(norm, torch.float32))
     if (acted := step.result(Clipped).acted) is not None:
-        good = out.op(aten.logical_and.default, acted, out.op(aten.logical_not.default, found))
+        good = out.op(aten.logical_and.default, acted, out.op(aten.logical_not.default, overflow))
         out.write("clipped", out.op(aten.add.Tensor, read["clipped"], out.cast(good, torch.int64)))

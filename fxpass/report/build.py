@@ -54,11 +54,11 @@ def build(target: str, run: DryRun, profile: MemoryProfile | None = None, *, onl
 
 def report_data(target: str, run: DryRun, profile: MemoryProfile) -> dict[str, Any]:
     """What the page shows, as plain values."""
-    found = inspection(target, run)
+    inspected = inspection(target, run)
     summaries = {cls.name: (cls.__doc__ or "").strip().splitlines()[0].replace("`", "") for cls in PASSES}
     before, after = next(iter(run.views.values())), run.final
     return {
-        "inspection": asdict(found),
+        "inspection": asdict(inspected),
         "cards": list(_cards(run, profile)),
         "summaries": summaries,
         "nodes": list(_nodes(after)),

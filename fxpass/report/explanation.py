@@ -32,15 +32,15 @@ class Explanation:
 def explanations(run: DryRun, pattern: str) -> list[Explanation]:
     """Every node that ``pattern`` names, those that a later pass removed last."""
     final = run.final
-    found = [explain_node(final, n, "") for n in final.nodes if _matches(n, pattern)]
+    explained = [explain_node(final, n, "") for n in final.nodes if _matches(n, pattern)]
     seen = {n.name for n in final.nodes}
     views = list(run.views.values())
     for graph, following in reversed(list(pairwise(views))):
         for node in graph.nodes:
             if node.name not in seen and _matches(node, pattern):
                 seen.add(node.name)
-                found.append(explain_node(graph, node, following.point))
-    return found
+                explained.append(explain_node(graph, node, following.point))
+    return explained
 
 
 def _matches(node: NodeView, pattern: str) -> bool:
@@ -56,16 +56,16 @@ def explain_node(graph: GraphView, node: NodeView, removed_by: str = "") -> Expl
     why = why_dtype(graph, node)
     text = node.line().partition("  # ")[0]
     return Explanation(
-        node.name,
-        text,
-        node.phase,
-        made_by,
-        node.reason,
-        sources,
-        tuple(graph.readers.get(node.name, ())),
-        node.dtype,
-        why,
-        node.where,
-        node.module,
-        removed_by,
+        node=node.name,
+        text=text,
+        phase=node.phase,
+        made_by=made_by,
+        reason=node.reason,
+        sources=sources,
+        readers=tuple(graph.readers.get(node.name, ())),
+        dtype=node.dtype,
+        why_dtype=why,
+        where=node.where,
+        module=node.module,
+        removed_by=removed_by,
     )

@@ -75,22 +75,22 @@ def inspection(target: str, run: DryRun, *, with_launches: bool = False) -> Insp
     before, after = run.views[CAPTURED], run.final
     record = run.record
     return Inspection(
-        target,
-        run.tensors,
-        run.device,
-        run.notes,
-        run.parameters,
-        {name: round(record.seconds.get(name, 0.0), 3) for name in STAGES},
-        _regions(before, after),
-        tuple(replace(p, seconds=round(p.seconds, 3)) for p in record.passes),
-        _precision(after),
-        _float32(after),
-        record.unreached,
-        record.escaping,
-        summary(run.memory, run.memory_of),
-        run.ranks,
-        run.transfers,
-        launches(run) if with_launches and run.memory_of == PROGRAM else None,
+        target=target,
+        tensors=run.tensors,
+        device=run.device,
+        notes=run.notes,
+        parameters=run.parameters,
+        seconds={name: round(record.seconds.get(name, 0.0), 3) for name in STAGES},
+        regions=_regions(before, after),
+        passes=tuple(replace(p, seconds=round(p.seconds, 3)) for p in record.passes),
+        precision=_precision(after),
+        float32=_float32(after),
+        no_gradient=record.unreached,
+        escaping=record.escaping,
+        memory=summary(run.memory, run.memory_of),
+        ranks=run.ranks,
+        transfers=run.transfers,
+        launches=launches(run) if with_launches and run.memory_of == PROGRAM else None,
     )
 
 
@@ -112,13 +112,13 @@ def _computing(graph: GraphView) -> list[NodeView]:
 
 
 def _precision(graph: GraphView) -> tuple[Precision, ...]:
-    found = Counter((n.colour or "none", n.dtype) for n in _computing(graph) if n.dtype in FLOATS)
-    return tuple(Precision(colour, dtype, count) for (colour, dtype), count in sorted(found.items()))
+    counts = Counter((n.colour or "none", n.dtype) for n in _computing(graph) if n.dtype in FLOATS)
+    return tuple(Precision(colour, dtype, count) for (colour, dtype), count in sorted(counts.items()))
 
 
 def _float32(graph: GraphView) -> tuple[Float32, ...]:
-    found = Counter(
+    counts = Counter(
         (n.op.removesuffix(".default"), why_float32(n)) for n in _computing(graph) if n.dtype == "float32"
     )
-    order = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return tuple(Float32(op, count, reason) for (op, reason), count in order)

@@ -63,12 +63,12 @@ def launches(run: DryRun) -> Launches:
     on_gpu = run.device == "cuda"
     notes = (LIBRARY,) if on_gpu else ()
     return Launches(
-        TRITON if on_gpu else CPP,
-        len(moments),
-        _phases(moments),
-        _passes(moments, [p.name for p in run.record.passes]),
-        tuple(map(_resources, run.kernels)),
-        notes if run.kernels else (*notes, NO_REGISTERS),
+        language=TRITON if on_gpu else CPP,
+        total=len(moments),
+        phases=_phases(moments),
+        passes=_passes(moments, [p.name for p in run.record.passes]),
+        compiled=tuple(map(_resources, run.kernels)),
+        notes=notes if run.kernels else (*notes, NO_REGISTERS),
     )
 
 

@@ -69,23 +69,31 @@ def summary(profile: MemoryProfile, of: str, *, top: int = 10) -> MemorySummary:
             phases.append(PhaseMemory(phase, peak.bytes, peak.moment.name, dict(timeline[peak.moment.index])))
     peak = profile.peak
     return MemorySummary(
-        of,
-        profile.parameters,
-        peak.bytes,
-        peak.moment.name,
-        peak.moment.phase,
-        round(peak.bytes / max(profile.parameters, 1), 3),
-        str(sympy.N(profile.expression, 6)),
-        profile.symbols,
-        tuple(phases),
-        tuple(alive(t) for t in peak.live[:top]),
+        of=of,
+        parameters=profile.parameters,
+        peak=peak.bytes,
+        at=peak.moment.name,
+        phase=peak.moment.phase,
+        bytes_per_parameter=round(peak.bytes / max(profile.parameters, 1), 3),
+        formula=str(sympy.N(profile.expression, 6)),
+        sizes=profile.symbols,
+        phases=tuple(phases),
+        largest=tuple(alive(t) for t in peak.live[:top]),
     )
 
 
 def alive(tensor: LiveTensor) -> Alive:
     """What a person wants to know of one tensor."""
     shape = tensor.shape if len(tensor.shape) <= 40 else f"{tensor.shape[:37]}..."  # of symbolic sizes
-    return Alive(tensor.name, tensor.node, tensor.role, tensor.dtype, shape, tensor.bytes, tensor.where)
+    return Alive(
+        name=tensor.name,
+        node=tensor.node,
+        role=tensor.role,
+        dtype=tensor.dtype,
+        shape=shape,
+        bytes=tensor.bytes,
+        where=tensor.where,
+    )
 
 
 def page_data(profile: MemoryProfile, of: str, *, top: int = 60) -> dict[str, Any]:

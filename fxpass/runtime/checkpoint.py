@@ -65,12 +65,12 @@ def _grad_scaler(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
 
 def _apex(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:
     scalers = [state[key] for key in state if str(key).startswith("loss_scaler")]
-    found = []
+    scales = []
     for scaler in scalers:
         if not isinstance(scaler, Mapping):
             raise OptionError(f"not a loss scale state: loss_scaler is {scaler!r}", hint=HINT)
-        found.append(Saved(_scale(scaler, "loss_scale"), _count(scaler, "unskipped")))
-    return min(found, key=lambda saved: saved.scale)
+        scales.append(Saved(_scale(scaler, "loss_scale"), _count(scaler, "unskipped")))
+    return min(scales, key=lambda saved: saved.scale)
 
 
 def _deepspeed(state: Mapping[str, Any], keeps: Mapping[str, float]) -> Saved:

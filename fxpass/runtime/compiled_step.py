@@ -50,11 +50,11 @@ class OptimizerBinding:
         """The state, by parameter: hashing a tensor is what costs here."""
         if self._places is None:
             return [slot.read(optimizer) for slot in self.state]
-        groups, state, found = optimizer.param_groups, optimizer.state, []
+        groups, state, values = optimizer.param_groups, optimizer.state, []
         for group, position, keys in self._places:
             own = state.get(groups[group]["params"][position], _NOTHING)
-            found += [own.get(key) for key in keys]
-        return found
+            values += [own.get(key) for key in keys]
+        return values
 
     @cached_property
     def _places(self) -> list[tuple[int, int, list[str]]] | None:
@@ -110,11 +110,11 @@ class Extras:
         if self.watch is None:
             return []
         self.scaler.to(self.device)
-        found = [self.scaler.tensors[name] for name in self.scaler.fields]
-        found += [self.watch.table, self.watch.report]
+        live = [self.scaler.tensors[name] for name in self.scaler.fields]
+        live += [self.watch.table, self.watch.report]
         for binding in self.bindings:
-            found += binding.inputs(self.device)
-        return found
+            live += binding.inputs(self.device)
+        return live
 
 
 @dataclass

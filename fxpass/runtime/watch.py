@@ -171,16 +171,16 @@ def diagnose(watches: Sequence[Watch]) -> Diagnosis:
 
     A second model's parameter of the same name is told apart by a number: ``weight (2)``.
     """
-    found: dict[object, list[ParameterDiagnosis]] = {}
+    by_weight: dict[object, list[ParameterDiagnosis]] = {}
     for watch in watches:
         for column, values in watch.read():
             tensor = column.weight()
             # names repeat from model to model
             of_one = column.name if tensor is None else (column.name, id(tensor))
-            found.setdefault(of_one, []).append(_row(column, values, tensor))
+            by_weight.setdefault(of_one, []).append(_row(column, values, tensor))
     taken: Counter[str] = Counter()
     rows = []
-    for row in map(_merge, found.values()):
+    for row in map(_merge, by_weight.values()):
         taken[row.name] += 1
         rows.append(row if taken[row.name] == 1 else row._replace(name=f"{row.name} ({taken[row.name]})"))
     return Diagnosis(sorted(rows, key=lambda row: row.first_step or math.inf))

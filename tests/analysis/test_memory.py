@@ -59,7 +59,19 @@ def test_a_graph_counted_by_hand() -> None:
 
 
 def one_tensor(size: sympy.Expr, **values: int) -> MemoryProfile:
-    tensor = LiveTensor("a", "a", "temporary", "forward", "uint8", "n", "", size, 0, 0, 0)
+    tensor = LiveTensor(
+        name="a",
+        node="a",
+        role="temporary",
+        phase="forward",
+        dtype="uint8",
+        shape="n",
+        where="",
+        size=size,
+        bytes=0,
+        birth=0,
+        death=0,
+    )
     sources = {"s0": "x.shape[0]", "s1": "x.shape[1]"}
     return MemoryProfile((Moment(0, "a", "forward"),), (tensor,), 1, {"s0": 0, "s1": 0}, sources).at(**values)
 
