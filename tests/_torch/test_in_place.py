@@ -31,8 +31,10 @@ from fxpass import _torch
 def test_written(target: Any, more: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> None:
     graph = Graph()
     x = graph.placeholder("x")
-    make = graph.call_method if isinstance(target, str) else graph.call_function
-    assert _torch.written(make(target, (x, *more), kwargs)) == ([x] if writes else [])
+    given = (x, *more)
+    by_name = isinstance(target, str)
+    node = graph.call_method(target, given, kwargs) if by_name else graph.call_function(target, given, kwargs)
+    assert _torch.written(node) == ([x] if writes else [])
 
 
 def test_written_to_out() -> None:
