@@ -240,11 +240,8 @@ def _patches() -> Iterator[None]:
         patch(effects, "codegen_hooks", telling.codegen_hook(effects.codegen_hooks))
         patch(effects, "is_empty", telling.empty_hook(effects.is_empty))
         patch(effects, "prune_dead_object_new", telling.prune_hook(effects.prune_dead_object_new))
-        patch(
-            builtin.BuiltinVariable,
-            "call_function",
-            texts.builtin_hook(builtin.BuiltinVariable.call_function),
-        )
+        called = builtin.BuiltinVariable
+        patch(called, "call_function", texts.builtin_hook(called.call_function))
         cached = functions.WrapperUserFunctionVariable
         patch(cached, "call_function", once_hook(cached.call_function))
         inlining = symbolic_convert.InliningInstructionTranslator
