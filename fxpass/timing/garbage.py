@@ -2,7 +2,7 @@
 
 Graphs and fake tensors are many small objects that live to the end of the compilation. Every 700
 of them Python looks for cycles among the young ones, and again and again through all that torch has
-imported: about a tenth of the compilation's CPU time, and nearly nothing found.
+imported: a tenth of what compiling costs beside the C++ compiler, measured on two layers.
 """
 
 from __future__ import annotations
