@@ -84,8 +84,8 @@ def _text(
     reasons: list[str] = []
     original = fxpass.hallway.frame.keep.warm
 
-    def warm(*given: Any) -> Any:
-        found = original(*given)
+    def warm(*given: Any, **named: Any) -> Any:
+        found = original(*given, **named)
         reasons.append(found[1])
         return found
 
