@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Any
 
@@ -47,13 +48,18 @@ def agree(plan: Sequence[str], group: Any) -> str:
 
 
 def withdraw(error: Exception) -> None:
-    """Tell the ranks that wait for this one's plan that there is none: its step could not be compiled."""
+    """Tell the ranks that wait for this one's plan that there is none: its step could not be compiled.
+
+    A store that is gone (the process that kept it has ended) raises nothing: ``error`` is what the
+    user has to read, and the others see for themselves that the store is gone.
+    """
     if distributed.is_available() and distributed.is_initialized():
         from torch.distributed import distributed_c10d as c10d
 
         attempt, text = _counts[_WITHDRAWN], str(error).split("\n", 1)[0]
-        c10d._get_default_store().set(f"{_WITHDRAWN}/{distributed.get_rank()}", f"{attempt} {text}")
         _counts[_WITHDRAWN] += 1
+        with suppress(distributed.DistError):
+            c10d._get_default_store().set(f"{_WITHDRAWN}/{distributed.get_rank()}", f"{attempt} {text}")
 
 
 def _withdrawn(store: Any, plan: str, rank: int) -> str:
