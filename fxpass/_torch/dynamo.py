@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import sys
 import weakref
 from collections import deque
@@ -32,7 +31,6 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame, output_graph, side_effects, symbolic_convert
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError, UserError
-from torch._dynamo.graph_break_hints import USER_ERROR
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 from torch._dynamo.variables import builder, builtin, functions, optimizer, tensor
@@ -67,7 +65,6 @@ from .dynamo_common import (
     current_record,
     fail,
     frame_name,
-    inside,
     is_none,
     local,
     record_of_frame,
@@ -206,8 +203,7 @@ def _reason_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 def _note_failure(record: FrameRecord, error: Exception) -> None:
     """Dynamo gave the frame up, in a loop for instance: it runs uncompiled, the functions it calls do not."""
     if not record.break_reason and (stack := getattr(error, "real_stack", None)):
-        record.break_reason, record.break_where = _what_broke(str(error)), user_line(stack)
-        record.break_inside = inside(stack, record.code)
+        untraced.note_break(record, str(error), stack)
     record.given_up = True
 
 
@@ -348,27 +344,11 @@ def _compile_subgraph_hook(original: Callable[..., Any]) -> Callable[..., Any]:
             cause, stack = reason.reason, reason.user_stack
             if cause == "step_unsupported" and record.broke is not None:
                 cause, stack = str(record.broke), getattr(record.broke, "real_stack", None) or stack
-            record.break_reason, record.break_where = _what_broke(str(cause)), user_line(stack)
-            record.break_inside = inside(stack, record.code)
+            untraced.note_break(record, str(cause), stack)
         _take_over_grads(self.side_effects, record)
         return original(self, tx, reason, *args, **kwargs)
 
     return compile_subgraph
-
-
-def _what_broke(reason: str) -> str:
-    """Dynamo's message without its advice, which is about graph breaks in general."""
-    if unnamed := re.search(r"Failed to find name `(\w+)`", reason):
-        return f"raises NameError: {unnamed[1]}"
-    raised = re.search(r"Developer debug context: (?:raised exception )?(\S.*)", reason)
-    if raised and USER_ERROR[0] in reason:
-        return f"raises {raised[1]}"
-    wanted = []
-    for line in (line.strip() for line in reason.strip().splitlines()):
-        if line.startswith(("Hint:", "Developer debug", "***", "from user code", "For more details")):
-            break
-        wanted.append(line.removeprefix("Explanation: "))
-    return ". ".join(line.rstrip(".") for line in wanted if line)
 
 
 def _take_over_grads(effects: Any, record: FrameRecord) -> None:

@@ -1,4 +1,4 @@
-"""What Dynamo could not trace, as an error of ours.
+"""What Dynamo could not trace: why a graph broke, and what is an error of ours.
 
 Written for torch 2.11 to 2.13: a size that Python needs while tracing (a list of unknown
 length), and whatever the tracer itself did not expect.
@@ -6,13 +6,17 @@ length), and whatever the tracer itself did not expect.
 
 from __future__ import annotations
 
+import re
 from types import CodeType
+from typing import Any
 
 from torch._dynamo.exc import InternalTorchDynamoError
+from torch._dynamo.graph_break_hints import USER_ERROR
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import CaptureError
-from .dynamo_common import user_line
+from .dynamo_common import inside, user_line
+from .frame_record import FrameRecord
 
 
 def refusal(error: Exception, code: CodeType) -> CaptureError | None:
@@ -40,3 +44,24 @@ def refusal(error: Exception, code: CodeType) -> CaptureError | None:
         failure.__cause__ = error.__context__  # where in the tracer: for whoever mends it
         return failure
     return None
+
+
+def note_break(record: FrameRecord, reason: str, stack: Any) -> None:
+    """Remember why and where the graph of a frame broke, by Dynamo's message and its stack."""
+    record.break_reason, record.break_where = _what_broke(reason), user_line(stack)
+    record.break_inside = inside(stack, record.code)
+
+
+def _what_broke(reason: str) -> str:
+    """Dynamo's message without its advice, which is about graph breaks in general."""
+    if unnamed := re.search(r"Failed to find name `(\w+)`", reason):
+        return f"raises NameError: {unnamed[1]}"
+    raised = re.search(r"Developer debug context: (?:raised exception )?(\S.*)", reason)
+    if raised and USER_ERROR[0] in reason:
+        return f"raises {raised[1]}"
+    wanted = []
+    for line in (line.strip() for line in reason.strip().splitlines()):
+        if line.startswith(("Hint:", "Developer debug", "***", "from user code", "For more details")):
+            break
+        wanted.append(line.removeprefix("Explanation: "))
+    return ". ".join(line.rstrip(".") for line in wanted if line)
