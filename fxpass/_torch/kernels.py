@@ -164,9 +164,9 @@ static inline void expect(Py_ssize_t count, Py_ssize_t wanted) {
 }
 
 static inline int64_t number(PyObject* value) {
-    auto found = PyLong_AsLongLong(value);
-    if (found == -1 && PyErr_Occurred()) throw std::runtime_error("expected an int");
-    return found;
+    auto result = PyLong_AsLongLong(value);
+    if (result == -1 && PyErr_Occurred()) throw std::runtime_error("expected an int");
+    return result;
 }
 """
 # torch hands out the address of its function that reads a tensor's address
