@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ..ir.graph import Phase, Role, StepGraph, origin, phase, source
+from ..ir.graph import Phase, Role, StepGraph, phase, source
 from ..ir.marks import GRAD, MARK, UPDATE
+from ..ir.provenance import origin
 from .homogeneous import reads_values
 
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ir.graph import Role, StepGraph, origin, phase
-from ..ir.provenance import user_line
+from ..ir.graph import Role, StepGraph, phase
+from ..ir.provenance import origin, user_line
 from ..ir.text import arguments_text, line_text, op_text, type_text
 from .modules import module_names
 from .policy import colour_of

@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map_only  # public in all but name: torch.export's documents use it
 
-from .graph import Origin, Phase, StepGraph, origin, phase
-from .provenance import inherit
+from .graph import Phase, StepGraph, phase
+from .provenance import Origin, inherit, origin
 from .unbacked import SIZES, recompute
 
 aten = torch.ops.aten

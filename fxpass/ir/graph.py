@@ -1,9 +1,9 @@
 """The captured training step: one functional ATen graph plus what is known of its values.
 
-``StepGraph`` is the only reader and ``Editor`` (ir/edit.py) the only writer of
-node metadata. Roles that live in the middle of the graph (seeds, gradients,
-updates) are read off the mark operators (ir/marks.py); roles of inputs are
-listed here.
+What fxpass keeps in the metadata of a node is read here and in ir/provenance.py, and
+written by capture and ``Editor`` (ir/edit.py). Roles that live in the middle of
+the graph (seeds, gradients, updates) are read off the mark operators (ir/marks.py);
+roles of inputs are listed here.
 """
 
 from __future__ import annotations
@@ -49,14 +49,6 @@ class Role(str, Enum):
     LR = "learning rate"
     SCALER = "scaler"
     INPUT = "input"  # data, buffers, frozen weights: everything else
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Which pass inserted a node, and why."""
-
-    pass_name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -201,8 +193,3 @@ def is_unscaled(node: Node) -> bool:
 def is_tagged(node: Node, tag: str) -> bool:
     """Whether the user says how to compute the node: ``FP32`` or ``NO_FLASH``."""
     return bool((node.meta.get("custom") or {}).get(tag))
-
-
-def origin(node: Node) -> Origin | None:
-    """Who inserted the node; None if it comes from the user's code."""
-    return node.meta.get("fxpass_origin")

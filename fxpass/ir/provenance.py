@@ -1,4 +1,4 @@
-"""Where in the user's code a node comes from: the one reader of stack traces in node metadata."""
+"""Where a node comes from, the user's code or a pass: the one reader of stack traces in node metadata."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ class Frame:
     def place(self) -> str:
         """``file.py:12``."""
         return f"{self.path.replace(chr(92), '/').rpartition('/')[2]}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which pass inserted a node, and why."""
+
+    pass_name: str
+    reason: str
 
 
 @functools.lru_cache(maxsize=4096)  # the nodes of one line of the user's have one trace
@@ -65,3 +73,8 @@ def user_line(node: Node) -> str:
 def innermost(node: Node) -> str:
     """The end of the trace in one line, path and code: for an error about a call of the user's."""
     return " ".join(line.strip() for line in trace_of(node).strip().splitlines()[-2:])
+
+
+def origin(node: Node) -> Origin | None:
+    """Who inserted the node; None if it comes from the user's code."""
+    return node.meta.get("fxpass_origin")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graph import StepGraph, origin
+from .graph import StepGraph
+from .provenance import origin
 
 _SHORT = {
     torch.float32: "f32",

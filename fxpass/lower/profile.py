@@ -24,8 +24,8 @@ from ..analysis.memory import (
     scratch_tensor,
     sized,
 )
-from ..ir.graph import StepGraph, origin, phase
-from ..ir.provenance import user_place
+from ..ir.graph import StepGraph, phase
+from ..ir.provenance import origin, user_place
 from ..ir.sizes import storage_bytes
 
 ORDER = ("input", "forward", "backward", "gradient", "check", "scale", "update", "after", "output")

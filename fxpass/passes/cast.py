@@ -29,8 +29,9 @@ from ..analysis.policy import (
 )
 from ..ir.alias import is_view, keeps_elements
 from ..ir.edit import Editor
-from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, origin, phase, source, tensor
+from ..ir.graph import Phase, Role, StepGraph, is_float, is_own, is_unscaled, phase, source, tensor
 from ..ir.marks import AVERAGE, GRAD, MARK, SEED
+from ..ir.provenance import origin
 from ..ir.shards import AVERAGE_ROWS, GATHER_ROWS
 from .graph_pass import GraphPass
 from .results import ScaledSeeds

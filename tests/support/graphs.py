@@ -12,7 +12,8 @@ from torch.fx import Node
 
 import fxpass.hallway.frame
 from fxpass import MixedPrecision
-from fxpass.ir.graph import StepGraph, origin
+from fxpass.ir.graph import StepGraph
+from fxpass.ir.provenance import origin
 from fxpass.passes.graph_pass import GraphPass
 from fxpass.passes.pipeline import PassRecord, run_pipeline
 
