@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from .errors import OptionError, nearest
+from .ir.dtypes import COMPUTE, named
 from .scaling import NAMED, LossScale, policy_of
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def _number(value: Any) -> bool:
@@ -35,7 +33,7 @@ _positive: tuple[Callable[[Any], bool], str] = (
 )
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dtype": (lambda v: v in DTYPES.values(), "float16, bfloat16 or float32, as a torch dtype or its name"),
+    "dtype": (lambda v: v in COMPUTE.values(), "float16, bfloat16 or float32, as a torch dtype or its name"),
     "loss_scale": (
         lambda v: v is None or isinstance(v, LossScale),
         f'{", ".join(map(_quoted, NAMED))}, a number > 0 (static; also "128.0" or "2**7"), '
@@ -184,9 +182,8 @@ class Options:
 
 
 def _dtype(value: Any) -> Any:
-    """A dtype by its name, with or without ``torch.``, or by an alias; anything else as it is."""
-    name = value.removeprefix("torch.") if isinstance(value, str) else ""
-    return DTYPES.get(ALIASES.get(name, name), value)
+    """A dtype by its name; anything else as it is."""
+    return (named(value) or value) if isinstance(value, str) else value
 
 
 def _is_group(value: Any) -> bool:

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"ir", "errors"},
     "scaling": {"errors", "ir"},
     "runtime": {"_torch", "errors", "ir.slots", "scaling"},
-    "options": {"errors", "scaling"},
+    "options": {"errors", "ir.dtypes", "scaling"},
     "passes": {"_torch", "analysis", "errors", "ir", "options", "runtime.watch", "scaling", "timing"},
     "lower": {"_torch", "analysis", "errors", "ir", "options", "timing"},
     # the hallway's rooms stand on both sides of the backend

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.alias import view_of
+from ..ir.dtypes import in_profile
 from ..ir.graph import Phase, Role, StepGraph, phase
 from ..ir.sizes import numel, storage_bytes
 
@@ -29,7 +30,6 @@ ROLES = {
     Role.LR: SCALER,
     Role.SCALER: SCALER,
 }
-SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 LATE = (Phase.CHECK, Phase.UPDATE, Phase.GRADIENT, Phase.OUTPUT)
 
 
@@ -165,7 +165,7 @@ class _Roles:
             return "output"
         late = {phase(user) for user in storage.users}
         if phase(node) in (Phase.BACKWARD, Phase.GRADIENT) and late & set(LATE) and storage.tensor.ndim:
-            return f"{SHORT.get(storage.tensor.dtype, 'other')} gradient"
+            return f"{in_profile(storage.tensor.dtype)} gradient"
         if node in self.casts:
             return "cast weight"
         if phase(node) is Phase.FORWARD and late & {Phase.BACKWARD, *LATE}:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.dtypes import name_of
 from ..ir.graph import Role, StepGraph
 from ..ir.provenance import user_place
 from ..ir.sizes import expression, resolver
@@ -314,7 +315,7 @@ def _tensors(alive: Liveness, nodes: Mapping[str, Node], step: StepGraph) -> Ite
             node=node.name,
             role=s.role,
             phase=s.phase,
-            dtype=str(s.dtype).removeprefix("torch."),
+            dtype=name_of(s.dtype),
             shape="x".join(map(str, s.shape)) or "scalar",
             where=user_place(node),
             size=s.size,

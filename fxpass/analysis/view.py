@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..ir.dtypes import name_of
 from ..ir.graph import Role, StepGraph, phase
 from ..ir.provenance import origin, user_line
 from ..ir.text import arguments_text, line_text, op_text, type_text
@@ -130,4 +131,4 @@ def _node(step: StepGraph, node: Node, names: dict[Node, str], modules: dict[Nod
 
 def _dtype(value: Any) -> str:
     values = value if isinstance(value, (list, tuple)) else [value]
-    return next((str(v.dtype).removeprefix("torch.") for v in values if isinstance(v, torch.Tensor)), "")
+    return next((name_of(v.dtype) for v in values if isinstance(v, torch.Tensor)), "")

@@ -9,6 +9,7 @@ import sympy
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.dtypes import name_of
 from ..ir.graph import Phase, StepGraph, phase, tensor
 from .cost import flops
 from .nodes import nbytes
@@ -63,7 +64,7 @@ def transfers(step: StepGraph, ranks: int) -> tuple[Transfer, ...]:
                 node=node.name,
                 operator=op_name(node.target),
                 phase=phase(node).value,
-                dtype=str(tensor(parts[0]).dtype).removeprefix("torch."),
+                dtype=name_of(tensor(parts[0]).dtype),
                 bytes=size,
                 formula=str(sympy.factor(sent)),
                 sent=int(sent.subs(RANKS, ranks)),

@@ -9,24 +9,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .dtypes import in_graph
 from .graph import StepGraph
 from .provenance import origin
-
-_SHORT = {
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.float64: "f64",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "b8",
-}
 
 
 def type_text(value: Any) -> str:
     """``f16[8, 64]`` for a tensor, a tuple of them for several, the value itself for a number."""
     if isinstance(value, torch.Tensor):
-        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+        return f"{in_graph(value.dtype)}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(type_text(v) for v in value)})"
     return "" if value is None else str(value)

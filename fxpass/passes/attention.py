@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.alias import storage_of
+from ..ir.dtypes import name_of
 from ..ir.edit import Editor
 from ..ir.graph import NO_FLASH, StepGraph, is_tagged, phase, source, tensor
 from ..ir.provenance import inherit
@@ -114,7 +115,7 @@ class _Exchange:
 
     def __init__(self, edit: Editor, call: _Call, backwards: list[Node], *, flash: bool) -> None:
         self.edit, self.call, self.backwards, self.flash = edit, call, backwards, flash
-        dtype = str(tensor(call.operands[0]).dtype).removeprefix("torch.")
+        dtype = name_of(tensor(call.operands[0]).dtype)
         self.reason = f"flash attention: the operands are {dtype}" if flash else f"{dtype} wants padded heads"
 
     def run(self) -> None:
