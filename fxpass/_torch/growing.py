@@ -52,10 +52,14 @@ class _Growing:
 
 
 class GrowingList(_Growing, ListVariable):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A list, which Dynamo extends in one call once the step is over."""
+
     _ordinary = ListVariable
 
 
 class GrowingDeque(_Growing, DequeVariable):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A deque, likewise."""
+
     _ordinary = DequeVariable
 
 

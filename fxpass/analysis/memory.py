@@ -236,6 +236,7 @@ class Symbols:
 
     @classmethod
     def of(cls, step: StepGraph) -> Symbols:
+        """Those of a step; sizes that depend on data get the bounds that its graph gives them."""
         inputs = [(step.names.get(n) or n.name, n.meta.get("val")) for n in step.inputs()]
         made = tuple(n.meta.get("val") for n in step.nodes() if n.meta.get(SIZES))
         named = [(name, v) for name, v in inputs if isinstance(v, (Tensor, torch.SymInt))]
@@ -265,10 +266,12 @@ class Symbols:
 
     @property
     def values(self) -> dict[str, int]:
+        """``{"s0": 8}``: the sizes of the example. A size that depends on data has none."""
         return {symbol: size.node.hint for symbol, size, _ in self._sizes() if size.node.hint is not None}
 
     @property
     def sources(self) -> dict[str, str]:
+        """``{"s0": "x.shape[0]"}``: the first shape that has the symbol, or the number that is given."""
         sources: dict[str, str] = {}
         for symbol, _, source in self._sizes():
             if symbol not in sources or (".shape" in source and ".shape" not in sources[symbol]):

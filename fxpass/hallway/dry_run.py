@@ -64,6 +64,7 @@ class DryRun:
 
     @property
     def final(self) -> GraphView:
+        """The graph that is lowered."""
         return list(self.views.values())[-1]
 
 

@@ -105,6 +105,7 @@ class StepGraph:
 
     @property
     def graph(self) -> torch.fx.Graph:
+        """For reading; ``Editor`` writes."""
         return self.gm.graph
 
     def part(self, of: Slot | Node | None) -> Shard | None:

@@ -61,6 +61,7 @@ class Unit:
 
     @property
     def inputs(self) -> list[Node]:
+        """The arguments of its call, in their order."""
         return self.writes + self.reads
 
     @property

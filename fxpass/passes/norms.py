@@ -40,9 +40,11 @@ class Norms:
         self._slots = {read.mark: read.slot for read in step.reads}
 
     def call(self, target: Any, *args: object, **kwargs: Any) -> Node:
+        """``Editor.call`` in the phase of the check, for the reason of the pass."""
         return self.edit.call(target, *args, when=Phase.CHECK, reason=self.reason, **kwargs)
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
+        """``Editor.cast`` likewise."""
         return self.edit.cast(x, dtype, when=Phase.CHECK, reason=self.reason)
 
     def total(self, reads: Sequence[Node], norm_type: float) -> Node:

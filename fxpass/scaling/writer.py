@@ -22,9 +22,11 @@ class Writer:
         self.written: dict[str, Node] = {}
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """``Editor.call`` in the phase of the pass, for its reason."""
         return self.edit.call(target, *args, when=self.when, reason=self.reason, **kwargs)
 
     def cast(self, value: Node, dtype: torch.dtype) -> Node:
+        """``Editor.cast`` likewise."""
         return self.edit.cast(value, dtype, when=self.when, reason=self.reason)
 
     def select(self, condition: Node, yes: object, no: object) -> Node:
