@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +17,15 @@ def _fresh() -> Iterator[None]:
     with functorch_config.patch(enable_autograd_cache=False):  # tests/test_warm.py: with it
         yield
     torch.compiler.reset()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the rows of a test marked ``breadth``, every third is in `make test`; the others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("breadth"):
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % (mark.args[0] if mark.args else 3):
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1

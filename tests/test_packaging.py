@@ -49,6 +49,7 @@ def run(*command: str | Path, **environment: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     pytest.importorskip("build")
     shutil.copytree(ROOT / "fxpass", tmp_path / "source" / "fxpass")

@@ -124,6 +124,7 @@ def test_the_graph_as_written_is_predicted_to_the_byte(dtype: str) -> None:
     assert record.memory.transient == used
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", ["gpt", "conv net"])
 def test_the_program_that_runs_is_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A CPU that multiplies float16 itself does so in buffers of oneDNN's that no formula here knows.

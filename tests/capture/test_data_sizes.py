@@ -153,6 +153,7 @@ def training(loss: Loss) -> Training:
 UNSIZED = (counted, detection)  # how often rows are repeated, how long a slice is, nobody knows
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("loss", [x for x in LOSSES if x not in UNSIZED], ids=lambda x: x.__name__)
 def test_follows_eager(loss: Loss) -> None:
     handle = MixedPrecision(**EAGER)

@@ -270,6 +270,7 @@ def train(step_of: Callable[[Mlp, Any], Step]) -> Callable[[], Training]:
     return build
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("keep", [False, True], ids=["drop", "keep"])
 def test_form(form: Any, keep: bool) -> None:
@@ -279,6 +280,7 @@ def test_form(form: Any, keep: bool) -> None:
     compare(train(form), grads=keep, handle=mp)
 
 
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize("zero", ["never", "first", "last", "model"])
 def test_gradients_that_stay_are_read_by_the_next_call(zero: str) -> None:
     def form(net: Mlp, opt: Any) -> Step:

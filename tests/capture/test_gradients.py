@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_gra
 each = pytest.mark.parametrize(("form", "model"), ALL, ids=[form.__name__ for form, _ in ALL])
 
 
+@pytest.mark.breadth
 @each
 def test_as_eager_whatever_the_scale(form: Form, model: Any) -> None:
     # a scale without casts: were anything scaled and not unscaled again, it would show
@@ -51,6 +52,7 @@ def test_as_eager_whatever_the_scale(form: Form, model: Any) -> None:
     assert mp.stats().steps == 3
 
 
+@pytest.mark.breadth
 @each
 def test_float16_follows_float32(form: Form, model: Any) -> None:
     torch.manual_seed(0)
@@ -69,6 +71,7 @@ def test_float16_follows_float32(form: Form, model: Any) -> None:
     assert (mp.stats().steps, mp.stats().skipped) == (3, 0)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(("form", "model"), [(per_sample, Mlp), (penalised, smooth)])
 def test_with_the_default_code_generator(form: Form, model: Any) -> None:
     compare(built(form, model), handle=MixedPrecision(**FP32, loss_scale=1024.0))
@@ -101,6 +104,7 @@ def test_an_ensemble_of_stacked_modules() -> None:
     compare(built(form, Ensemble), handle=MixedPrecision(**EAGER, loss_scale=1024.0))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("form", [plain, per_sample, attacked, perturbed])
 def test_an_overflow_skips_the_step_exactly(form: Form) -> None:
     """Of the gradient of an attack too, which its sign would hide."""

@@ -373,6 +373,7 @@ CASES = [
 ]
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("form", "found", "hint"), CASES, ids=lambda v: getattr(v, "__name__", "")[1:])
 def test_the_hint_works(form: Any, found: str, hint: str) -> None:
     def build(hinted: bool) -> Training:

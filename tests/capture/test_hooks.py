@@ -65,6 +65,7 @@ LATER: dict[str, Callable[[Mlp], Any]] = {
 }
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", LATER)
 def test_hooks_that_come_and_go_between_calls(name: str) -> None:
     calls = batches(4)

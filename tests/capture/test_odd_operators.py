@@ -98,6 +98,7 @@ def all_but_views(m: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
     return torch.stack([loss(m, x, ids) for loss in LOSSES[:-1]]).mean()
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("loss", "codegen"),
     [*((loss, "eager") for loss in LOSSES), (all_but_views, "inductor")],

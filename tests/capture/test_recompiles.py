@@ -354,6 +354,7 @@ GUARDS = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("guard", GUARDS)
 def test_a_reason_is_in_the_users_words(guard: str) -> None:
     values = {

@@ -43,6 +43,7 @@ def test_the_module_gets_its_names_back() -> None:
     assert {name: globals().get(name) for name in names} == before
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "run",
     [

@@ -220,6 +220,7 @@ def _run(say: Say, capsys: Any, mp: MixedPrecision | None) -> tuple[Any, ...]:
     return text, mine, numbers, outputs
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("say", SAYS, ids=lambda say: say.__name__[1:])
 def test_it_says_what_eager_says(say: Say, capsys: Any) -> None:
     expected = _run(say, capsys, None)

@@ -16,21 +16,19 @@ from tests.fuzz.run import run
 SEEDS = range(9000, 9150)
 
 
-# A third of them as users run them; every second of these, 20 s each, in `make test-all` alone.
-DEFAULT = [pytest.param(seed, marks=[pytest.mark.slow] * (seed % 2)) for seed in SEEDS[::3]]
-
-
 def check(seed: int, codegen: str) -> None:
     text = source(draw(seed, codegen))
     outcome = run(text)
     assert outcome.good, f"{outcome.kind}: {outcome.symptom}\n{outcome.detail}\n{text}"
 
 
-@pytest.mark.parametrize("seed", DEFAULT)
+@pytest.mark.breadth(4)
+@pytest.mark.parametrize("seed", SEEDS[::3])  # a third of them as users run them
 def test_programs(seed: int) -> None:
     check(seed, "inductor")
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("first", SEEDS[1::3])
 def test_programs_operator_by_operator(first: int) -> None:
     check(first, "eager")
@@ -87,6 +85,7 @@ MENDS: dict[str, tuple[list[str], str, Any]] = {
 }
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", MENDS)
 def test_a_mend_that_is_taken_out_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words, part, other = MENDS[name]

@@ -154,6 +154,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_what_decides_the_program_is_in_the_key(name: str) -> None:
     options = dict(DIFFERENT[name])

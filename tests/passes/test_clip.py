@@ -19,6 +19,7 @@ from tests.support.graphs import graph_of, inserted_by, targets, training_step
 INF = math.inf
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("loss_scale", [None, 3.0, 2.0**16])
 @pytest.mark.parametrize("norm_type", [2.0, INF])
 def test_global_norm(norm_type: float, loss_scale: float | None) -> None:
@@ -115,6 +116,7 @@ def torchs(gradients: list[list[float]], max_norm: float) -> tuple[list[Tensor],
     return [w.grad for w in weights if w.grad is not None], norm
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("max_norm", [1.0, 5.0, 7.0])
 @pytest.mark.parametrize("gradients", [[[3.0, 0.0], [0.0, 4.0]], [[3.0, 4.0], []], [[0.0], [0.0]]])
 def test_below_at_and_above_the_threshold(gradients: list[list[float]], max_norm: float) -> None:

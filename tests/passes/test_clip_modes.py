@@ -39,6 +39,7 @@ def train(**options: Any) -> tuple[list[Tensor], MixedPrecision]:
     return [p.detach().clone() for p in model.parameters()], mp
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("mode", [{"skip": "tensor"}, {"release": True}], ids=str)
 @pytest.mark.parametrize("clip", [*ALONE, {"max_norm": 0.2}, {"max_norm": 0.2, "clip_value": 0.05}], ids=str)
 def test_same_as_the_plain_step(clip: dict[str, Any], mode: dict[str, Any]) -> None:

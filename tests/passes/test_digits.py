@@ -125,6 +125,7 @@ def settings(dtype: torch.dtype, codegen: str) -> MixedPrecision:
     return MixedPrecision(dtype=dtype, loss_scale=scale, codegen=codegen)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_each_form_trains_as_in_float32(loss: Loss) -> None:
     expected = update(loss, None)
@@ -142,6 +143,7 @@ def test_several_forms_at_once(dtype: torch.dtype, codegen: str) -> None:
     assert (found - expected).norm() < (0.02 if dtype is torch.float16 else 0.1) * expected.norm()
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("code", "lost"),
     [

@@ -24,6 +24,7 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.table(ids))))
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])

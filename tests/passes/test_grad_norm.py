@@ -15,6 +15,7 @@ from tests.support.clipping import small_net
 from tests.support.graphs import graph_of
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "options",
     [

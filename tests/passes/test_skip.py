@@ -31,6 +31,7 @@ class Net(nn.Module):
         return self.body(x)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 @pytest.mark.parametrize("bad_steps", [{0}, {2}, {1, 2}])
 def test_exact(bad_steps: set[int], codegen: str) -> None:

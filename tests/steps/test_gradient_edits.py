@@ -87,6 +87,7 @@ def slopes(value: float) -> list[Tensor]:
     return [torch.ones(3, 3), bad, torch.ones(3, 3)]
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("edit", "skip"), [(zeroed, "tensor"), (clamped, "step")])
 @pytest.mark.parametrize("loss_scale", [None, SCALE, 4.0], ids=["none", "dynamic", "static"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -98,6 +99,7 @@ def test_an_inf_that_an_edit_removes_is_none(edit: Edit, dtype: str, loss_scale:
     same(actual, train(edit, calls, None), "state")
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("edit", "skip"), [(replaced, "step"), (masked, "step"), (clipped, "tensor")])
 def test_by_default_too(edit: Edit, skip: str) -> None:
     calls = slopes(-INF)

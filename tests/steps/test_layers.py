@@ -73,12 +73,14 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_masks(mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
     follows(_attention(mask), dtype, "eager")
 
 
+@pytest.mark.slow
 def test_masks_by_default() -> None:
     follows(lambda: together([_attention(mask) for mask in MASKS.values()]))
 
@@ -87,6 +89,7 @@ def _attention(mask: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Case]:
     return lambda: (Attention(mask), lambda m, x: F.mse_loss(m(x), x), (torch.randn(2, 6, 8),))
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
 def test_masks_of_sdpa(kind: str) -> None:
     class Sdpa(nn.Module):
@@ -136,11 +139,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_losses(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     follows(_with_loss(loss), codegen="eager")
 
 
+@pytest.mark.breadth(3)
 @pytest.mark.parametrize("part", range(3))
 def test_losses_by_default(part: int) -> None:
     follows(lambda: together([_with_loss(loss) for loss in [*LOSSES.values()][part::3]]))
@@ -190,11 +195,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 def test_layers(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     follows(_layer(make, shape), codegen="eager")
 
 
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("part", range(4))
 def test_layers_by_default(part: int) -> None:
     follows(lambda: together([_layer(*entry) for entry in [*LAYERS.values()][part::4]]))

@@ -112,6 +112,7 @@ FOLLOWED: dict[str, tuple[Make, dict[int, Edit | str], int, str]] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_followed(name: str) -> None:
     make, edits, graphs, codegen = FOLLOWED[name]
@@ -158,6 +159,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_from_the_call_on(name: str) -> None:
     """The call after the change raises and changes nothing."""

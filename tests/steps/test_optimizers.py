@@ -111,6 +111,7 @@ def relative(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert (a - b).double().norm() <= 1e-5 * b.double().norm()
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_equal_eager(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -126,6 +127,7 @@ def test_twenty_steps_equal_eager(name: str) -> None:
     agree(ours, theirs, our_opt, their_opt)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("kind", CAPTURABLE)
 def test_capturable(kind: Any) -> None:
     """Eager refuses it on a CPU; a compiled step computes what eager does without it."""
@@ -163,6 +165,7 @@ class _Scale(nn.Module):
         return x * self.scale
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", ["adamw", "sgd nesterov", "adafactor", "radam", "two groups"])
 def test_with_inductor(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, _ = pair(CASES[name], codegen="inductor")
@@ -192,6 +195,7 @@ def test_muon() -> None:
     relative([*ours.parameters(), *_tensors(opts[0])], [*theirs.parameters(), *_tensors(opts[1])])
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", CASES)
 def test_an_overflow_changes_no_bit(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])

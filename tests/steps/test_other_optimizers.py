@@ -160,6 +160,7 @@ def numbers(opt: Optimizer) -> dict[str, float]:
     return {k: float(v) for k, v in group.items() if isinstance(v, (int, float, Tensor))}
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("codegen", ["inductor", "eager"])
 @pytest.mark.parametrize("make", ALL, ids=lambda cls: cls.__name__)
 def test_as_eager(make: Any, codegen: str) -> None:
