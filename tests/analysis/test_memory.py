@@ -140,6 +140,7 @@ def test_the_program_that_runs_is_predicted(name: str, monkeypatch: pytest.Monke
     assert phases >= {"forward", "backward", "check", "update", "scale"}
 
 
+@pytest.mark.slow
 def test_other_sizes_are_those_of_a_fresh_capture() -> None:
     def captured(rows: int) -> MemoryProfile:
         torch.compiler.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
@@ -44,6 +45,7 @@ def test_the_backward_of_others_is_untouched() -> None:
     assert torch.Tensor.backward is original
 
 
+@pytest.mark.slow
 def test_a_peer_and_fxpass_side_by_side(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(models.GPT_SIZES, "tiny", models.GPTConfig(width=64, layers=1, heads=1))
     makers = memory.contenders(["o2-keep", "fxpass"])

@@ -43,6 +43,7 @@ def test_rows_of_the_table_are_counted_by_frequency() -> None:
     assert set(run.held_out) == {"loss", "head", "middle", "tail"}
 
 
+@pytest.mark.slow
 def test_stability_job() -> None:
     job = stability.Job("conv", "static", {"loss_scale": 1.0}, (1.0, 2.0**24), seeds=1, steps=3)
     low, high = stability.work(job)

@@ -179,6 +179,7 @@ def test_by_default() -> None:
     assert (handle.stats().steps, handle.stats().skipped) == (5, 1)
 
 
+@pytest.mark.slow
 def test_what_has_no_bound() -> None:
     handle = MixedPrecision(loss_scale=256.0, codegen="eager")
     follows(lambda *args: detection(*args) + counted(*args), handle)

@@ -249,6 +249,7 @@ def test_other_compilations_do_not_notice() -> None:
     assert mp.stats().steps == 2
 
 
+@pytest.mark.slow
 def test_parameters_marked_static_before_the_first_compilation() -> None:
     net = Mlp()
     opt = torch.optim.SGD(net.parameters(), lr=0.1)

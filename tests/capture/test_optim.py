@@ -40,6 +40,7 @@ class Own(Optimizer):
             state["mean"].add_(p.grad)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", [Adam, AdamW, torch.optim.Adagrad, torch.optim.Rprop, torch.optim.Adafactor])
 def test_state_is_as_eager_makes_it(make: Any) -> None:
     ours, theirs = make(parameters()), make(parameters())

@@ -114,6 +114,7 @@ def _disabled(net: nn.Module, opt: Any) -> Step:
     return step
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(
     "form",
     [

@@ -22,7 +22,7 @@ def check(seed: int, codegen: str) -> None:
     assert outcome.good, f"{outcome.kind}: {outcome.symptom}\n{outcome.detail}\n{text}"
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth(6)
 @pytest.mark.parametrize("seed", SEEDS[::3])  # a third of them as users run them
 def test_programs(seed: int) -> None:
     check(seed, "inductor")

@@ -52,6 +52,7 @@ def run(slope: Tensor, **options: Any) -> tuple[Shift, MixedPrecision]:
     return model, mp
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_single_bad_element_is_found(value: float, dtype: str) -> None:

@@ -75,6 +75,7 @@ def deep() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+@pytest.mark.slow
 def test_a_smaller_budget_keeps_less_and_repeats_all_that_a_larger_one_does() -> None:
     def step_of_deep() -> Any:
         model = deep()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ def test_what_is_sent() -> None:
     assert [t.bytes for t in verdict] == [8 * 2 * LAYERS * RANKS], "two numbers of each parameter"
 
 
+@pytest.mark.slow
 def test_in_other_dtypes() -> None:
     sent = {t.dtype: t.operator for t in run(dtype="float32").transfers}
     assert set(sent) == {"float32", "float64"}

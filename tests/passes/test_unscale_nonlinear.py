@@ -130,7 +130,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 0.02) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(6)
 @pytest.mark.parametrize("name", NONLINEAR)
 @pytest.mark.parametrize("scale", [1024.0, "dynamic"])
 def test_each_follows_float32(name: str, scale: float | str) -> None:
@@ -174,7 +174,7 @@ def test_what_is_linear_is_left_alone() -> None:
     assert inserted(mp) == 0
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(9)
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_nothing_is_inserted_into_ordinary_models(build: Callable[[], Case]) -> None:
     model, loss_of, batch = build()

@@ -111,7 +111,7 @@ def relative(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert (a - b).double().norm() <= 1e-5 * b.double().norm()
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_equal_eager(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -195,7 +195,7 @@ def test_muon() -> None:
     relative([*ours.parameters(), *_tensors(opts[0])], [*theirs.parameters(), *_tensors(opts[1])])
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize("name", CASES)
 def test_an_overflow_changes_no_bit(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -233,6 +233,7 @@ def test_an_overflow_of_one_parameter_alone_skips_all() -> None:
         same([weights, opt.state_dict()["state"]], before, "state", exact=True)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", ["adamw", "sgd momentum", "adafactor"])
 def test_loaded_state_is_picked_up(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -458,6 +459,7 @@ class Normed(Optimizer):
             p.sub_(p.grad / (norm + 1e-6) * rate)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", [OwnAdam, OwnSGD, Halved, Normed, lambda p: Named(p, lr=0.1, momentum=0.9)])
 def test_optimizers_of_the_users_own(make: Make) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(make)
@@ -601,6 +603,7 @@ FUSED: dict[str, Make] = {
 }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(("name", "codegen"), [*((name, "eager") for name in FUSED), ("Adam", "inductor")])
 def test_fused_and_foreach_updates_are_those_of_the_formula(name: str, codegen: str) -> None:
     ours, theirs, opt, their_opt, step, eager, mp = pair(FUSED[name], codegen=codegen)
@@ -613,6 +616,7 @@ def test_fused_and_foreach_updates_are_those_of_the_formula(name: str, codegen: 
     assert mp.stats().steps == 3
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", [Counting, Greedy, Branching, Grouping, Starting])
 def test_counts_branches_and_first_steps(make: Make) -> None:
     ours, theirs, opt, their_opt, step, eager, mp = pair(make)
@@ -625,6 +629,7 @@ def test_counts_branches_and_first_steps(make: Make) -> None:
     assert mp.stats().steps == 5
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -725,6 +730,7 @@ class Odd(nn.Module):
         return self.last(x) * self.scales[0] * self.one
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 @pytest.mark.parametrize("make", [Averaging, lambda p: O.ASGD(p, lr=0.1, t0=1, lambd=0.1)])
 def test_state_that_another_write_replaces_is_read_before(make: Make, skip: str) -> None:
@@ -743,6 +749,7 @@ def test_state_that_another_write_replaces_is_read_before(make: Make, skip: str)
     assert mp.stats().steps == 6
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("kind", [O.Rprop, O.RMSprop, O.Adadelta, O.ASGD, O.Adam])
 def test_a_step_count_follows_its_own_parameter(kind: Any) -> None:
     """With skip="tensor" another parameter's overflow holds it back no more than the parameter itself."""

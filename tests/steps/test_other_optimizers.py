@@ -167,6 +167,7 @@ def test_as_eager(make: Any, codegen: str) -> None:
     compare(built(make), handle=MixedPrecision(dtype="float32", loss_scale=None, codegen=codegen))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", ALL, ids=lambda cls: cls.__name__)
 def test_each_tensor_by_its_own_verdict(make: Any) -> None:
     handle = MixedPrecision(dtype="float32", loss_scale=1.0, codegen="eager", skip="tensor")
@@ -196,6 +197,7 @@ def test_division_by_a_sum_that_is_zero(rate: float) -> None:
     compare(built(lambda p: Averaged(p, lr=rate)), handle=handle)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", ALL, ids=lambda cls: cls.__name__)
 def test_a_skipped_step_counts_nothing(make: Any) -> None:
     """Not even as the first step: what eager makes then is made by the next one."""
@@ -219,6 +221,7 @@ def test_a_skipped_step_counts_nothing(make: Any) -> None:
     assert (mp.stats().steps, mp.stats().skipped) == (5, 2)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", ALL, ids=lambda cls: cls.__name__)
 def test_a_checkpoint_of_eager_goes_on(make: Any) -> None:
     torch.manual_seed(0)

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 @pytest.mark.parametrize("name", CASES)
 def test_follows_eager(name: str, codegen: str) -> None:
