@@ -74,7 +74,7 @@ def _text(
 ) -> str:
     """What decides the program of a step, or why it is not kept."""
 
-    def trace(gm: Any, inputs: Any, extras: Any, compiler: Any, refusal: Any, warm: Any) -> Any:
+    def trace(*_: Any, warm: Any, **named: Any) -> Any:
         raise _Found(warm.text) if warm else _Found("")
 
     torch.compiler.reset()
