@@ -76,7 +76,7 @@ MENDS: dict[str, tuple[list[str], str, Any]] = {
     ),
     "own precision": (["float16", "rotated there and back"], "passes.cast.phase", _after_as_forward),
     "statistics": (["fisher information", "nan"], "passes.skip.follows_gradient", lambda step: []),
-    "edits": (["gain that overflows"], "passes.check_finite._is_edited", lambda read: False),
+    "edits": (["gain that overflows"], "passes.check_finite._is_edited", lambda *_: False),
     "not linear": (
         ["float16, static", "straight-through clamp"],
         "passes.unscale_nonlinear.UnscaleNonlinear.run",
