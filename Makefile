@@ -48,7 +48,7 @@ test-all: lint ## the same with the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-cuda: .venv-cuda ## the CUDA path: on a GPU, or compiled, counted and emulated without one
-	$(CUDA_BIN)/python -m tests.cuda -q
+	$(CUDA_BIN)/python -m tests.cuda -q -m "not slow"
 
 N ?= 300
 SEED ?= 0

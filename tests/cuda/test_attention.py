@@ -59,6 +59,7 @@ def kernels(attention: Attend, **options: Any) -> tuple[str, list[str]]:
     return forward, found
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "attention",
