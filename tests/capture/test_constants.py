@@ -39,6 +39,7 @@ def _build() -> Training:
     return Training(step, [net], [opt], [*batches(2), *batches(1, rows=9)])
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("options", [FP32, EAGER], ids=["inductor", "eager"])
 def test_literals_and_items_that_are_set(options: dict[str, object]) -> None:
     compare(_build, handle=MixedPrecision(**options), graphs=2)  # pyright: ignore[reportArgumentType]

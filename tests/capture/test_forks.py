@@ -141,13 +141,13 @@ FORMS = (
 )  # fmt: skip
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth
 @pytest.mark.parametrize("forward", FORMS)
 def test_as_eager(forward: Any) -> None:
     compare(training(forward), handle=MixedPrecision(**EAGER))
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("forward", [clamped, normalised, refused_deep, by_size])
 def test_as_eager_by_default(forward: Any) -> None:
     compare(training(forward), handle=MixedPrecision(**FP32))
@@ -164,7 +164,7 @@ def test_the_side_not_taken_is_no_overflow() -> None:
     assert (mp.stats().steps, mp.stats().skipped) == (2, 0)
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth
 @pytest.mark.parametrize("forward", [refused_input, refused_deep, stopped])
 @pytest.mark.parametrize("options", [EAGER, FP32], ids=["eager", "inductor"])
 def test_a_side_that_raises_writes_nothing(forward: Any, options: dict[str, Any]) -> None:
@@ -280,7 +280,7 @@ def without_any(m: Any, x: Tensor) -> Tensor:
     return m.last(m.first(x)[rows])
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize(
     ("forward", "graphs"), [(first_time, 2), (counted, 2), (as_often_as_given, 2), (without_any, 2)]
 )

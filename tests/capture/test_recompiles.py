@@ -85,6 +85,7 @@ def test_histories_grow_without_a_new_graph(codegen: str) -> None:
     assert float(by_name["loss"][-1].detach()) == pytest.approx(2 * float(history[-1]))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize(
     ("where", "codegen"),
     [("attribute", "eager"), ("list", "inductor"), ("dict", "eager"), ("closure", "eager")],
@@ -160,6 +161,7 @@ class Annealed(nn.Module):
         return self.inner(x) * (1.0 + self.factor)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("where", ["object", "module", "closure", "counter"])
 def test_numbers_that_reach_only_tensor_maths(where: str) -> None:
     def build() -> Training:
@@ -203,6 +205,7 @@ def test_numbers_that_reach_only_tensor_maths(where: str) -> None:
     assert len(mp.graphs) <= (4 if where == "counter" else 3)  # an empty Counter, a 1, then any number
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("one_handle", [True, False])
 def test_a_new_model_through_the_same_code_is_a_new_step(one_handle: bool) -> None:
     mp, alive, counted = MixedPrecision(**EAGER), [], 0
@@ -217,6 +220,7 @@ def test_a_new_model_through_the_same_code_is_a_new_step(one_handle: bool) -> No
     assert (mp.stats().steps if one_handle else counted) == 20
 
 
+@pytest.mark.slow
 def test_models_as_arguments_are_new_steps_too() -> None:
     mp, alive = MixedPrecision(**EAGER), []
 

@@ -61,6 +61,7 @@ def train(gan: Gan, step: Callable[..., None], bad: int = -1, calls: int = 3) ->
     return [*states, clone(dict(gan.state_dict()))]
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     ("toggle", "codegen"),
     [(by_module, "inductor"), (by_module, "eager"), (by_parameter, "eager"), (by_assignment, "eager")],
@@ -122,6 +123,7 @@ def selected(net: nn.Module, x: Tensor) -> Tensor:
 LOSSES = [wgan_gp, r1, frozen_extractor, selected]
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("loss", [*LOSSES, "all"], ids=lambda loss: getattr(loss, "__name__", loss))
 def test_a_tensor_of_the_step(loss: Callable[[nn.Module, Tensor], Tensor] | str) -> None:
     def run(compiled: bool) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -53,6 +53,7 @@ class Tokens(nn.Module):
         return self.head(x + (x @ x.transpose(1, 2)).softmax(-1) @ x)
 
 
+@pytest.mark.slow
 def test_sequences_of_many_lengths() -> None:
     shapes = [(2, 5), (2, 5), (2, 7), (3, 4), (4, 9)]
 

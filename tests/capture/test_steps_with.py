@@ -54,6 +54,7 @@ def test_batchnorm_frozen_tied_and_unreached_parameters() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_stale_gradient_of_a_frozen_parameter_updates_it_as_in_eager() -> None:
     def build() -> Training:
         net = Mlp()
@@ -97,6 +98,7 @@ def test_dropout() -> None:
     compare(build, handle=MixedPrecision(**EAGERS_NUMBERS))
 
 
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_recomputes(parts: int, reentrant: bool) -> None:
@@ -143,6 +145,7 @@ def test_an_average_follows_eager_and_sees_old_parameters_on_a_skip() -> None:
     same(dict(average.named_parameters()), expected, "average")
 
 
+@pytest.mark.slow
 def test_updates_through_data() -> None:
     def build() -> Training:
         net, average = Mlp(), Mlp()
@@ -160,6 +163,7 @@ def test_updates_through_data() -> None:
     compare(build)
 
 
+@pytest.mark.slow
 def test_settings_written_in_the_step_take_effect_in_it() -> None:
     def build() -> Training:
         net = Mlp()
@@ -219,6 +223,7 @@ def test_a_hook_on_an_activation() -> None:
     compare(build)
 
 
+@pytest.mark.slow
 def test_a_recurrent_net() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
@@ -246,6 +251,7 @@ def test_a_second_batch_size_compiles_once_more_and_no_more() -> None:
     compare(build, graphs=2)
 
 
+@pytest.mark.slow
 def test_a_second_sequence_length_compiles_once_more_and_no_more() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:

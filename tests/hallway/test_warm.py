@@ -56,6 +56,7 @@ def _run(**settings: Any) -> tuple[str, str]:
     return state, rest
 
 
+@pytest.mark.slow
 def test_a_second_process_takes_it_from_disk() -> None:
     first, second = _run(), _run()
     assert (first[0], second[0]) == ("miss", "hit")

@@ -24,6 +24,7 @@ def strided(h: Tensor) -> Tensor:
     return mixed.as_strided((4, 2), (2, 1))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("body", [with_nothing, strided])
 def test_views_see_the_layout_they_were_traced_for(body: Callable[[Tensor], Tensor]) -> None:
     def build() -> Training:

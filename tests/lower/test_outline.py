@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,7 @@ def test_an_update_that_something_else_reads_stays_in_the_graph() -> None:
     assert find_units(graph) == []
 
 
+@pytest.mark.slow
 def test_same_result_with_and_without() -> None:
     model = Repeated()
     results = []

@@ -110,6 +110,7 @@ def test_a_table_is_sent_in_low_precision() -> None:
     assert sent == {2 * (4096 * 64 + 8 * 64 + 8)}
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_shared_evenly() -> None:
     step = run(lambda: deep(rows=15)).step
     parts = [n.meta["val"].shape[0] for n, shard in step.shards.items()]

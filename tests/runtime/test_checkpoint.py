@@ -184,7 +184,8 @@ torch.save([model.state_dict(), opt.state_dict(), mp.state_dict()], target)
 """
 
 
-@pytest.mark.parametrize("policy", ["dynamic", pytest.param("headroom", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["dynamic", "headroom"])
 def test_stopped_and_resumed_in_a_new_process_is_bitwise_the_same(policy: str, tmp_path: Path) -> None:
     def run(first: int, last: int, source: str, target: str) -> list[dict[str, Any]]:
         arguments = [str(first), str(last), policy, source and str(tmp_path / source), str(tmp_path / target)]

@@ -165,7 +165,7 @@ class _Scale(nn.Module):
         return x * self.scale
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize("name", ["adamw", "sgd nesterov", "adafactor", "radam", "two groups"])
 def test_with_inductor(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, _ = pair(CASES[name], codegen="inductor")
@@ -730,7 +730,7 @@ class Odd(nn.Module):
         return self.last(x) * self.scales[0] * self.one
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 @pytest.mark.parametrize("make", [Averaging, lambda p: O.ASGD(p, lr=0.1, t0=1, lambd=0.1)])
 def test_state_that_another_write_replaces_is_read_before(make: Make, skip: str) -> None:

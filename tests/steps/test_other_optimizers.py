@@ -160,7 +160,7 @@ def numbers(opt: Optimizer) -> dict[str, float]:
     return {k: float(v) for k, v in group.items() if isinstance(v, (int, float, Tensor))}
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize("codegen", ["inductor", "eager"])
 @pytest.mark.parametrize("make", ALL, ids=lambda cls: cls.__name__)
 def test_as_eager(make: Any, codegen: str) -> None:
@@ -174,6 +174,7 @@ def test_each_tensor_by_its_own_verdict(make: Any) -> None:
     compare(built(make), handle=handle)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", [Averaged, FromGradient], ids=lambda cls: cls.__name__)
 def test_the_default_options(make: Any) -> None:
     torch.manual_seed(0)
