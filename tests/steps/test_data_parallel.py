@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fxpass import MixedPrecision, OptionError
-from tests.support.ranks import CALLS, OVERFLOWS, PROGRAMS, results_of
+from tests.support.ranks import CALLS, OVERFLOWS, PROGRAMS, asked_for, results_of
 
 REFUSED = {
     "other ways": "the ranks would train different steps(?s:.*)reduces",
@@ -22,11 +22,12 @@ TRAINED = [name for name in PROGRAMS if name not in REFUSED]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """Every program in the same two processes."""
-    return results_of("tests.support.ranks")
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """All programs in the same two processes."""
+    return results_of("tests.support.ranks", asked_for(request, PROGRAMS))
 
 
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_eager(found: dict[str, Any], name: str) -> None:
     result = found[name]
@@ -37,17 +38,20 @@ def test_as_eager(found: dict[str, Any], name: str) -> None:
     assert result["difference"] < (2e-3 if half else 3e-7)
 
 
+@pytest.mark.breadth(6)
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
     assert found[name]["skipped"] == 2
 
 
-def test_reductions_are_bucketed(found: dict[str, Any]) -> None:
-    assert found["replicated"]["reductions"] == 1
-    assert found["accumulated"]["reductions"] == 1, "no_sync: one reduction at the end"
-    assert found["small buckets"]["reductions"] > 1
+@pytest.mark.parametrize("name", ["replicated", "accumulated", "small buckets"])
+def test_reductions_are_bucketed(found: dict[str, Any], name: str) -> None:
+    """``no_sync``: one reduction at the end."""
+    reductions = found[name]["reductions"]
+    assert reductions > 1 if name == "small buckets" else reductions == 1
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(found: dict[str, Any], name: str) -> None:
     assert re.search(REFUSED[name], found[name].get("error", "trained"))

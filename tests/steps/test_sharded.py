@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.support.ranks import results_of
-from tests.support.sharded_ranks import CALLS, CHECKPOINT, OVERFLOWS, TRAINED, Words
+from tests.support.ranks import asked_for, results_of
+from tests.support.sharded_ranks import CALLS, CHECKPOINT, NAMES, OVERFLOWS, TRAINED, Words
 from tests.support.sharded_refused import REFUSED
 
 # of what differs by more in the replicated mode, too: gradients of a tied table, low precision
@@ -24,11 +24,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(checkpoint: Path) -> dict[str, Any]:
-    """Every program in the same two processes."""
-    return results_of("tests.support.sharded_ranks", {CHECKPOINT: str(checkpoint)})
+def found(request: pytest.FixtureRequest, checkpoint: Path) -> dict[str, Any]:
+    """All programs in the same two processes."""
+    names = asked_for(request, NAMES)
+    return results_of("tests.support.sharded_ranks", names, {CHECKPOINT: str(checkpoint)})
 
 
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_eager(found: dict[str, Any], name: str) -> None:
     result = found[name]
@@ -39,22 +41,25 @@ def test_as_eager(found: dict[str, Any], name: str) -> None:
     assert result["difference"] < BOUNDS.get(name, 2e-3 if half else 1.5e-7)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
     assert found[name]["skipped"] == 2
     assert found[name]["kept"], "every rank's rows are what they were"
 
 
-def test_resumes_bit_for_bit(found: dict[str, Any]) -> None:
-    result = found["resumed"]
+@pytest.mark.parametrize("name", ["resumed"])
+def test_resumes_bit_for_bit(found: dict[str, Any], name: str) -> None:
+    result = found[name]
     assert "error" not in result, result["error"]
     assert result["difference"] == 0.0
     assert result["skipped"][0] == result["skipped"][1]
     assert result["scales"] == 1
 
 
-def test_a_checkpoint_is_read_on_one_device(found: dict[str, Any], checkpoint: Path) -> None:
-    assert "error" not in found["resumed"]
+@pytest.mark.parametrize("name", ["resumed"])
+def test_a_checkpoint_is_read_on_one_device(found: dict[str, Any], checkpoint: Path, name: str) -> None:
+    assert "error" not in found[name]
     net = Words()
     before = net.table.weight.detach().clone()
     state = {"model": net.state_dict()}
@@ -64,6 +69,8 @@ def test_a_checkpoint_is_read_on_one_device(found: dict[str, Any], checkpoint: P
     assert torch.equal(state["model"]["table.weight"], state["model"]["last.weight"])
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.breadth(4)
+@pytest.mark.parametrize("name", [f"refused: {name}" for name in REFUSED])
 def test_refused_by_name(found: dict[str, Any], name: str) -> None:
-    assert re.search(REFUSED[name][2], found[f"refused: {name}"].get("error", "trained"))
+    message = REFUSED[name.removeprefix("refused: ")][2]
+    assert re.search(message, found[name].get("error", "trained"))

@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -358,11 +359,20 @@ def _work(rank: int, port: int, names: list[str], train: Train) -> None:
     dist.destroy_process_group()
 
 
-def results_of(module: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What ``python -m module``, one with a ``main`` of this file's, has found of its programs, by name."""
+def asked_for(request: pytest.FixtureRequest, programs: Iterable[str]) -> list[str]:
+    """The programs that the selected tests of a module look at: those that their parameter ``name`` names."""
+    tests = [test for test in request.session.items if test.path == request.path]
+    names = {test.callspec.params.get("name") for test in tests if hasattr(test, "callspec")}
+    return [name for name in programs if name in names]
+
+
+def results_of(
+    module: str, names: Sequence[str], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What ``python -m module``, one with a ``main`` of this file's, finds of these programs, by name."""
     root = Path(__file__).parents[2]
     ours = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **(environment or {})}
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *names]
     run = subprocess.run(command, cwd=root, env=ours, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.strip().splitlines()[-1])

@@ -293,5 +293,8 @@ def _scales(mp: fxpass.MixedPrecision) -> int:
     return len(set(states))
 
 
+NAMES = (*TRAINED, "resumed", *(f"refused: {name}" for name in REFUSED))
+
+
 if __name__ == "__main__":
-    main(_train, [*TRAINED, "resumed", *(f"refused: {name}" for name in REFUSED)])
+    main(_train, NAMES)
