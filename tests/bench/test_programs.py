@@ -15,7 +15,7 @@ QUICK = [program for program in programs() if program.quick]
 WHOLE = {"forward_forward", "radam"}
 
 
-@pytest.mark.breadth(8)
+@pytest.mark.breadth(20)
 @pytest.mark.parametrize("program", QUICK, ids=lambda program: program.name)
 def test_program(program: Program) -> None:
     options: dict[str, Any] = {} if program.name in WHOLE else {"codegen": "eager"}

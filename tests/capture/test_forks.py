@@ -153,6 +153,7 @@ def test_as_eager_by_default(forward: Any) -> None:
     compare(training(forward), handle=MixedPrecision(**FP32))
 
 
+@pytest.mark.slow
 def test_the_side_not_taken_is_no_overflow() -> None:
     """In float16, with the default options: 0 / 0 on the other side skips nothing."""
     torch.compiler.reset()

@@ -270,7 +270,7 @@ def train(step_of: Callable[[Mlp, Any], Step]) -> Callable[[], Training]:
     return build
 
 
-@pytest.mark.breadth(5)
+@pytest.mark.breadth(8)
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("keep", [False, True], ids=["drop", "keep"])
 def test_form(form: Any, keep: bool) -> None:
@@ -319,6 +319,7 @@ class Trainer:
         return loss
 
 
+@pytest.mark.slow
 def test_bound_method_keywords_and_nested_batches() -> None:
     def build() -> Training:
         trainer = Trainer()

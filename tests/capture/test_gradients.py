@@ -104,7 +104,7 @@ def test_an_ensemble_of_stacked_modules() -> None:
     compare(built(form, Ensemble), handle=MixedPrecision(**EAGER, loss_scale=1024.0))
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("form", [plain, per_sample, attacked, perturbed])
 def test_an_overflow_skips_the_step_exactly(form: Form) -> None:
     """Of the gradient of an attack too, which its sign would hide."""
@@ -140,6 +140,7 @@ def test_gradients_reported_by_name() -> None:
     assert {row.name for row in mp.diagnosis()} == {n for n, _ in training.models[0].named_parameters()}
 
 
+@pytest.mark.slow
 def test_gradients_that_nobody_differentiates_have_low_precision_products() -> None:
     """What is differentiated again is computed in float32 instead, without a scale."""
     kinds = {}

@@ -65,7 +65,7 @@ LATER: dict[str, Callable[[Mlp], Any]] = {
 }
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("name", LATER)
 def test_hooks_that_come_and_go_between_calls(name: str) -> None:
     calls = batches(4)
@@ -108,6 +108,7 @@ def test_backward_hooks_of_modules_are_refused(name: str, later: bool) -> None:
     assert "register_hook" in error.value.hint
 
 
+@pytest.mark.slow
 def test_a_global_module_hook_that_comes_later_is_refused() -> None:
     training = _training()
     step = torch.compile(training.step, backend=MixedPrecision(**EAGER))
@@ -183,6 +184,7 @@ def test_the_advice_works_a_gradient_of_the_users() -> None:
     compare(_with(body), handle=MixedPrecision(**EAGER, loss_scale=64.0))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_an_optimizer_per_parameter_in_backward(codegen: str) -> None:
     def build() -> Training:

@@ -12,7 +12,7 @@ from tests.cuda.models import Training
 REPORT = 256  # bytes: what the host is told of a step
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_in_its_steady_state(case: Case) -> None:
     training = Training(case.model)

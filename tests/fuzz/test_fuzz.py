@@ -22,13 +22,13 @@ def check(seed: int, codegen: str) -> None:
     assert outcome.good, f"{outcome.kind}: {outcome.symptom}\n{outcome.detail}\n{text}"
 
 
-@pytest.mark.breadth(6)
+@pytest.mark.breadth(17)
 @pytest.mark.parametrize("seed", SEEDS[::3])  # a third of them as users run them
 def test_programs(seed: int) -> None:
     check(seed, "inductor")
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(5)
 @pytest.mark.parametrize("first", SEEDS[1::3])
 def test_programs_operator_by_operator(first: int) -> None:
     check(first, "eager")
@@ -85,7 +85,7 @@ MENDS: dict[str, tuple[list[str], str, Any]] = {
 }
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", MENDS)
 def test_a_mend_that_is_taken_out_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words, part, other = MENDS[name]

@@ -32,6 +32,7 @@ def test_a_logger_that_listens_is_told(caplog: pytest.LogCaptureFixture) -> None
         assert p.name in record.summary()
 
 
+@pytest.mark.slow
 def test_the_variable_prints_on_stderr(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

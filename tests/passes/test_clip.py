@@ -52,6 +52,7 @@ def test_param_groups_share_a_norm_or_have_their_own(clip_per: str) -> None:
     compare_with_torch({"max_norm": 0.2, "clip_per": clip_per}, clip, groups=groups)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("clip_per", ["global", "parameter"])
 def test_generated_code(clip_per: str) -> None:
     def clip(opt: torch.optim.Optimizer) -> None:

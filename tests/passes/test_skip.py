@@ -157,6 +157,7 @@ def test_per_tensor_a_tied_parameter_is_one() -> None:
     assert not torch.equal(model.weight, before)
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_per_tensor_an_optimizer_that_steps_twice_has_two_verdicts(codegen: str) -> None:
     """Each update is kept by the gradient it reads: eager, told which of them to leave out, is the same."""

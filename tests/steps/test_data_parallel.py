@@ -27,7 +27,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     return results_of("tests.support.ranks", asked_for(request, PROGRAMS))
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth(17)
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_eager(found: dict[str, Any], name: str) -> None:
     result = found[name]
@@ -44,6 +44,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], na
     assert found[name]["skipped"] == 2
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", ["replicated", "accumulated", "small buckets"])
 def test_reductions_are_bucketed(found: dict[str, Any], name: str) -> None:
     """``no_sync``: one reduction at the end."""
@@ -51,7 +52,7 @@ def test_reductions_are_bucketed(found: dict[str, Any], name: str) -> None:
     assert reductions > 1 if name == "small buckets" else reductions == 1
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(6)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(found: dict[str, Any], name: str) -> None:
     assert re.search(REFUSED[name], found[name].get("error", "trained"))

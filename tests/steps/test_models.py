@@ -233,7 +233,7 @@ def both(
     return actual, train(twin, None if dtype is torch.float32 else dtype, steps=steps)
 
 
-@pytest.mark.breadth(9)
+@pytest.mark.breadth(18)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_follows_autocast(build: Callable[[], Case], dtype: torch.dtype) -> None:
@@ -245,7 +245,7 @@ def test_follows_autocast(build: Callable[[], Case], dtype: torch.dtype) -> None
     )
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_float32_equals_eager(build: Callable[[], Case]) -> None:
     actual, expected = both(build, torch.float32)

@@ -111,7 +111,7 @@ def relative(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert (a - b).double().norm() <= 1e-5 * b.double().norm()
 
 
-@pytest.mark.breadth(5)
+@pytest.mark.breadth(8)
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_equal_eager(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -195,7 +195,7 @@ def test_muon() -> None:
     relative([*ours.parameters(), *_tensors(opts[0])], [*theirs.parameters(), *_tensors(opts[1])])
 
 
-@pytest.mark.breadth(5)
+@pytest.mark.breadth(8)
 @pytest.mark.parametrize("name", CASES)
 def test_an_overflow_changes_no_bit(name: str) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(CASES[name])
@@ -459,7 +459,7 @@ class Normed(Optimizer):
             p.sub_(p.grad / (norm + 1e-6) * rate)
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth
 @pytest.mark.parametrize("make", [OwnAdam, OwnSGD, Halved, Normed, lambda p: Named(p, lr=0.1, momentum=0.9)])
 def test_optimizers_of_the_users_own(make: Make) -> None:
     ours, theirs, our_opt, their_opt, step, eager, mp = pair(make)
@@ -616,7 +616,7 @@ def test_fused_and_foreach_updates_are_those_of_the_formula(name: str, codegen: 
     assert mp.stats().steps == 3
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth
 @pytest.mark.parametrize("make", [Counting, Greedy, Branching, Grouping, Starting])
 def test_counts_branches_and_first_steps(make: Make) -> None:
     ours, theirs, opt, their_opt, step, eager, mp = pair(make)
@@ -730,6 +730,7 @@ class Odd(nn.Module):
         return self.last(x) * self.scales[0] * self.one
 
 
+@pytest.mark.slow
 @pytest.mark.breadth(4)
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 @pytest.mark.parametrize("make", [Averaging, lambda p: O.ASGD(p, lr=0.1, t0=1, lambd=0.1)])
@@ -749,7 +750,7 @@ def test_state_that_another_write_replaces_is_read_before(make: Make, skip: str)
     assert mp.stats().steps == 6
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth
 @pytest.mark.parametrize("kind", [O.Rprop, O.RMSprop, O.Adadelta, O.ASGD, O.Adam])
 def test_a_step_count_follows_its_own_parameter(kind: Any) -> None:
     """With skip="tensor" another parameter's overflow holds it back no more than the parameter itself."""

@@ -174,6 +174,7 @@ def test_each_tensor_by_its_own_verdict(make: Any) -> None:
     compare(built(make), handle=handle)
 
 
+@pytest.mark.slow
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", [Averaged, FromGradient], ids=lambda cls: cls.__name__)
 def test_the_default_options(make: Any) -> None:

@@ -30,7 +30,7 @@ def found(request: pytest.FixtureRequest, checkpoint: Path) -> dict[str, Any]:
     return results_of("tests.support.sharded_ranks", names, {CHECKPOINT: str(checkpoint)})
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth(19)
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_eager(found: dict[str, Any], name: str) -> None:
     result = found[name]
@@ -41,7 +41,7 @@ def test_as_eager(found: dict[str, Any], name: str) -> None:
     assert result["difference"] < BOUNDS.get(name, 2e-3 if half else 1.5e-7)
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
     assert found[name]["skipped"] == 2
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_read_on_one_device(found: dict[str, Any], checkpoint: P
     assert torch.equal(state["model"]["table.weight"], state["model"]["last.weight"])
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth(10)
 @pytest.mark.parametrize("name", [f"refused: {name}" for name in REFUSED])
 def test_refused_by_name(found: dict[str, Any], name: str) -> None:
     message = REFUSED[name.removeprefix("refused: ")][2]

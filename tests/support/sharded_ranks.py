@@ -189,9 +189,9 @@ TRAINED: dict[str, tuple[Callable[[], Any], Make, dict[str, Any], Make]] = {
 OVERFLOWS = (
     "plain",
     "by default",
-    "float16",
-    "max_norm",
     "edited",
+    "max_norm",
+    "float16",
     "two optimizers",
     "in turn",
     "max_norm, inf",
