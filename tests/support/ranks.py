@@ -362,7 +362,8 @@ def _work(rank: int, port: int, names: list[str], train: Train) -> None:
 def asked_for(request: pytest.FixtureRequest, programs: Iterable[str]) -> list[str]:
     """The programs that the selected tests of a module look at: those that their parameter ``name`` names."""
     tests = [test for test in request.session.items if test.path == request.path]
-    names = {test.callspec.params.get("name") for test in tests if hasattr(test, "callspec")}
+    rows = [getattr(test, "callspec", None) for test in tests]  # None: it has no parameters
+    names = {row.params.get("name") for row in rows if row}
     return [name for name in programs if name in names]
 
 
