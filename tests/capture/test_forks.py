@@ -290,6 +290,7 @@ def test_what_the_step_is_given_decides(forward: Any, graphs: int) -> None:
     compare(training(forward), graphs=graphs, handle=MixedPrecision(**EAGER))
 
 
+@pytest.mark.slow
 def test_what_the_step_is_given_decides_by_default() -> None:
     compare(training(first_time), graphs=2, handle=MixedPrecision(**FP32))
 

@@ -195,6 +195,7 @@ def curved(derivative: Callable[[Any], Any]) -> Form:
     return form
 
 
+@pytest.mark.slow
 def test_a_gradient_through_hessian() -> None:
     assert "jacrev(torch.func.jacrev(f))" in refused(curved(hessian))
     compare(built(curved(lambda f: jacrev(jacrev(f))), smooth), handle=MixedPrecision(**EAGER))

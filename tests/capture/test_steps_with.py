@@ -181,6 +181,7 @@ def test_settings_written_in_the_step_take_effect_in_it() -> None:
     compare(build, graphs=2)  # a number, then any number
 
 
+@pytest.mark.slow
 def test_two_models_with_an_optimizer_each() -> None:
     def build() -> Training:
         net, critic = Mlp(), nn.Linear(2, 1)

@@ -62,6 +62,7 @@ def test_the_picture_is_small() -> None:
     assert "img/report.png" in (PAGE.parents[1] / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_ranks_send_is_current(script: Any) -> None:
     text = (PAGE.parent / "distributed.md").read_text()
     block = script.BLOCK.search(text)

@@ -30,6 +30,7 @@ def test_every_inserted_node_of_the_gpt_step_is_explained(options: dict[str, obj
         assert explanation.why_dtype or not explanation.dtype, explanation
 
 
+@pytest.mark.slow
 def test_one_name_is_looked_for_in_the_gpt(capsys: pytest.CaptureFixture[str]) -> None:
     found = fx(capsys, "explain", "tokens.weight")
     assert found.code == 0

@@ -14,6 +14,7 @@ from . import targets
 from .helpers import check_golden, fx
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_the_compiled_step(capsys: pytest.CaptureFixture[str]) -> None:
     found = fx(capsys, "memory", "@mlp", "--max-norm", "1.0", "--json")
     assert found.code == 0, found.err
@@ -47,6 +48,7 @@ def test_other_sizes_are_those_of_a_step_captured_at_them(capsys: pytest.Capture
     assert "s" in asked["modes"][0]["memory"]["formula"]
 
 
+@pytest.mark.slow
 def test_modes_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     command = ("memory", "@mlp", "--of", "graph", "--compare", "dtype=bfloat16", "dtype=float32,max_norm=1.0")
     found = fx(capsys, *command)

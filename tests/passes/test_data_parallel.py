@@ -47,6 +47,7 @@ def run(make: Any = deep, **options: Any) -> DryRun:
         return dry_run(make, {"data_parallel": group, **options})
 
 
+@pytest.mark.slow
 def test_weights_are_sent_as_they_are_stored() -> None:
     found = run()
     weights = [t for t in found.transfers if t.dtype == "float16"]
@@ -62,6 +63,7 @@ def test_the_gradient_of_a_table_is_sent_as_it_is_stored() -> None:
     assert {(t.dtype, t.bytes) for t in run(words).transfers} >= {("float16", 2 * 5000 * WIDTH + 4 * WIDTH)}
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_sent_in_other_dtypes(dtype: str) -> None:
     sent = {t.dtype: t.bytes for t in run(dtype=dtype).transfers}
@@ -88,6 +90,7 @@ def test_an_update_waits_for_the_mean() -> None:
     assert names.index("wait_tensor") < names.index("copy_")
 
 
+@pytest.mark.slow
 def test_one_process_sends_nothing() -> None:
     torch.compiler.reset()
     assert dry_run(deep, {}).transfers == ()

@@ -16,6 +16,7 @@ from tests.support.graphs import graph_of, inserted_by, training_step
 from tests.support.helpers import Mlp, batches
 
 
+@pytest.mark.breadth(4)
 @pytest.mark.parametrize("kept", [False, True], ids=["none before", "accumulated"])
 def test_an_optimizer_outside_of_the_step_never_sees_inf(kept: bool) -> None:
     net, expected = Mlp(), Mlp()

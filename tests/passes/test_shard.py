@@ -63,6 +63,7 @@ def test_what_is_kept_and_the_peak() -> None:
     assert found.memory.peak.bytes < (2 + 14 / RANKS) * ELEMENTS + 2 * bucket + activations
 
 
+@pytest.mark.slow
 def test_what_is_sent() -> None:
     found = run().transfers
     whole = 2 * ELEMENTS * (RANKS - 1) // RANKS
@@ -85,6 +86,7 @@ def test_in_other_dtypes() -> None:
     assert (of[GATHER], of[SCATTER]) == ("float16", "float32")
 
 
+@pytest.mark.slow
 def test_one_bucket_ahead() -> None:
     found = run()
     names = [op_name(n.target) for n in found.step.nodes() if phase(n) is Phase.FORWARD]

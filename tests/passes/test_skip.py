@@ -108,6 +108,7 @@ def test_an_overflow_of_the_second_optimizer_undoes_the_first() -> None:
     assert torch.equal(second, torch.full((3,), 0.75))
 
 
+@pytest.mark.breadth(2)
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_per_tensor_the_others_go_on_as_eager_without_it(codegen: str) -> None:
     """The parameter with the overflow keeps its bits, state and step count; the scale backs off."""

@@ -211,6 +211,7 @@ def _layer(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Callable[[]
     return lambda: (make(), lambda m, x: m(x).float().square().mean(), (torch.randn(shape),))
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_are_eager_s() -> None:
     """Running statistics are written, never cast: equal to eager's within the activations' rounding."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))

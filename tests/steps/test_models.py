@@ -233,6 +233,7 @@ def both(
     return actual, train(twin, None if dtype is torch.float32 else dtype, steps=steps)
 
 
+@pytest.mark.slow
 @pytest.mark.breadth(18)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)

@@ -77,6 +77,7 @@ def test_batchnorm_dropout_free_frozen_tied_and_unreached() -> None:
     }
 
 
+@pytest.mark.slow
 def test_trainer_object_and_kwargs() -> None:
     class Trainer:
         def __init__(self) -> None:
