@@ -130,7 +130,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 0.02) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-@pytest.mark.breadth(6)
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", NONLINEAR)
 @pytest.mark.parametrize("scale", [1024.0, "dynamic"])
 def test_each_follows_float32(name: str, scale: float | str) -> None:

@@ -38,7 +38,7 @@ def test_as_eager(found: dict[str, Any], name: str) -> None:
     assert result["difference"] < (2e-3 if half else 3e-7)
 
 
-@pytest.mark.breadth(6)
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
     assert found[name]["skipped"] == 2
@@ -52,7 +52,7 @@ def test_reductions_are_bucketed(found: dict[str, Any], name: str) -> None:
     assert reductions > 1 if name == "small buckets" else reductions == 1
 
 
-@pytest.mark.breadth(6)
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(found: dict[str, Any], name: str) -> None:
     assert re.search(REFUSED[name], found[name].get("error", "trained"))

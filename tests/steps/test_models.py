@@ -234,7 +234,6 @@ def both(
 
 
 @pytest.mark.slow
-@pytest.mark.breadth(18)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_follows_autocast(build: Callable[[], Case], dtype: torch.dtype) -> None:

@@ -731,7 +731,6 @@ class Odd(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.breadth(4)
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 @pytest.mark.parametrize("make", [Averaging, lambda p: O.ASGD(p, lr=0.1, t0=1, lambd=0.1)])
 def test_state_that_another_write_replaces_is_read_before(make: Make, skip: str) -> None:

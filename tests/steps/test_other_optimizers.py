@@ -175,7 +175,6 @@ def test_each_tensor_by_its_own_verdict(make: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.breadth(2)
 @pytest.mark.parametrize("make", [Averaged, FromGradient], ids=lambda cls: cls.__name__)
 def test_the_default_options(make: Any) -> None:
     torch.manual_seed(0)
