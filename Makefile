@@ -56,10 +56,10 @@ SEED ?= 0
 fuzz: .venv ## compare N generated training programs with eager PyTorch, from SEED on
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz -n $(N) --seed $(SEED) --out out/fuzz
 
-lint: .venv ## ruff and pyright
+lint: .venv ## ruff and pyrefly
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright -p pyproject.toml
+	$(BIN)/pyrefly check --output-format min-text
 
 format: .venv ## let ruff fix and format
 	$(BIN)/ruff check --fix .

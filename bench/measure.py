@@ -52,7 +52,7 @@ def peak_of_call(call: Callable[[], object], device: torch.device) -> Peak:
         call()
         with record_function(_MARK):
             call()
-    events: list[Any] = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events: list[Any] = recorded.profiler.kineto_results.events()  # pyrefly: ignore[missing-attribute]
     mark = next(e for e in events if e.name() == _MARK)
     return _integrate(
         sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),

@@ -35,7 +35,7 @@ class Recipe:
 
     def compile(self, model: nn.Module) -> Callable[..., Tensor]:
         """Return the model compiled by itself."""
-        return torch.compile(model, options={"triton.cudagraphs": True} if self.graphs else None)
+        return torch.compile(model, options={"triton.cudagraphs": True} if self.graphs else None)  # pyrefly: ignore[no-matching-overload]
 
     def adamw(self, parameters: list[nn.Parameter], **options: Any) -> AdamW:
         """Return AdamW over the parameters."""
@@ -85,7 +85,7 @@ def compiled_amp(model: nn.Module, recipe: Recipe) -> Contender:
 
 def torchao_8bit(model: nn.Module, recipe: Recipe) -> Contender:
     """Train as compiled_amp does, with torchao's AdamW, whose states have 8 bits."""
-    from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    from torchao.optim import AdamW8bit  # pyrefly: ignore[missing-import]
 
     optimizer = AdamW8bit(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     return _amp(recipe.compile(model), model, optimizer, recipe)
@@ -93,7 +93,7 @@ def torchao_8bit(model: nn.Module, recipe: Recipe) -> Contender:
 
 def flashoptim(model: nn.Module, recipe: Recipe) -> Contender:
     """Train low-precision weights with FlashOptim's AdamW, which keeps what they lack and 8-bit states."""
-    from flashoptim import FlashAdamW, cast_model  # pyright: ignore[reportMissingImports]
+    from flashoptim import FlashAdamW, cast_model  # pyrefly: ignore[missing-import]
 
     if recipe.dtype is torch.float16:
         raise NotImplementedError("GradScaler does not unscale float16 gradients")

@@ -53,7 +53,7 @@ def timeline_of_call(call: Callable[[], object], *, eager_step: bool) -> Timelin
         call()
         with record_function(CALL):
             call()
-    events: list[Any] = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events: list[Any] = recorded.profiler.kineto_results.events()  # pyrefly: ignore[missing-attribute]
     spans: dict[str, tuple[int, int]] = {}
     for event in events:
         if event.name() in (CALL, BACKWARD, UPDATE):  # the last of each: that of the second call

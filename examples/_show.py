@@ -57,7 +57,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stub
+        held += event.nbytes()  # pyrefly: ignore[missing-attribute] # missing in torch's stub
         peak = max(peak, held)
     return peak
 

@@ -61,7 +61,7 @@ def train(
     torch.manual_seed(0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plain = {"max_epochs": 2, "enable_checkpointing": False, "accelerator": "auto", "devices": 1}
-    trainer = pl.Trainer(plugins=plugin, **{**quiet, **plain, **settings})
+    trainer = pl.Trainer(plugins=plugin, **{**quiet, **plain, **settings})  # pyrefly: ignore[bad-argument-type]
     trainer.fit(module(), loader(slice(rows)), loader(slice(1024, 1280)), ckpt_path=checkpoint)
     return trainer
 

@@ -63,7 +63,7 @@ def main() -> None:
             print(f"step {done + number}: loss {mean:.3f} (mean of the ranks)")
     if args.checkpoint is not None:
         dcp.save(_state(model, optimizer, mp), checkpoint_id=args.checkpoint)
-    own = sum(p.to_local().numel() for p in model.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+    own = sum(p.to_local().numel() for p in model.parameters())  # pyrefly: ignore[missing-attribute]
     whole, stats = sum(p.numel() for p in model.parameters()), mp.stats()
     print(
         f"rank {rank}: {stats.steps} steps, {stats.skipped} skipped, keeps {own:,} of {whole:,} parameters",

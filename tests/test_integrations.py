@@ -165,7 +165,7 @@ def test_accelerates_loop_follows_float32(loop: Any) -> None:
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accelerates_accumulation(loop: Any, accumulate: int) -> None:
     plain = loop.train(accumulate=accumulate, clip=0.3)
-    compiled = lambda step: torch.compile(step, backend="mixedprec", options=FAST)  # noqa: E731  # pyright: ignore[reportArgumentType, reportCallIssue]
+    compiled = lambda step: torch.compile(step, backend="mixedprec", options=FAST)  # noqa: E731  # pyrefly: ignore[no-matching-overload]
     ours = loop.train(compiled, accumulate=accumulate, clip=0.3)
     close(ours.losses, plain.losses)
     assert ours.rate == plain.rate

@@ -40,7 +40,7 @@ from tests.support.helpers import Mlp
 )
 def test_wrong_values(options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message) as error:
-        MixedPrecision(**options)  # pyright: ignore[reportArgumentType]
+        MixedPrecision(**options)  # pyrefly: ignore[bad-argument-type]
     assert isinstance(error.value, ValueError)
 
 
@@ -58,7 +58,7 @@ def test_wrong_values(options: dict[str, object], message: str) -> None:
 )
 def test_wrong_scale_settings(settings: dict[str, float], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        DynamicLossScale(**settings)  # pyright: ignore[reportArgumentType]
+        DynamicLossScale(**settings)  # pyrefly: ignore[bad-argument-type]
 
 
 def test_defaults_follow_the_dtype() -> None:
@@ -67,13 +67,13 @@ def test_defaults_follow_the_dtype() -> None:
     assert MixedPrecision(dtype="torch.float32").dtype is torch.float32
     assert MixedPrecision(loss_scale=128).loss_scale == StaticLossScale(128.0)
     assert MixedPrecision(loss_scale="headroom").loss_scale == HeadroomLossScale()
-    assert MixedPrecision(keep_fp32=["norm"]).keep_fp32 == ("norm",)  # pyright: ignore[reportArgumentType]
+    assert MixedPrecision(keep_fp32=["norm"]).keep_fp32 == ("norm",)  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.parametrize("text", ["128.0", "128", " 1.28e2 ", "2**7", "2 ^ 7"])
 def test_a_static_scale_as_text(text: str) -> None:
     assert MixedPrecision(loss_scale=text).loss_scale == StaticLossScale(128.0)
-    assert StaticLossScale(text).init == 128.0  # pyright: ignore[reportArgumentType]
+    assert StaticLossScale(text).init == 128.0  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.parametrize("text", ["0.0", "-2", "nan", "inf", "2**200", "2**-200", "2**99999", "3**2", ""])
@@ -112,7 +112,7 @@ def step_of(**kwargs: object):
         opt.step()
         opt.zero_grad()
 
-    return torch.compile(step, **kwargs), weight  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return torch.compile(step, **kwargs), weight  # pyrefly: ignore[no-matching-overload]
 
 
 def test_an_unknown_name_is_named_with_its_neighbour() -> None:
@@ -147,8 +147,8 @@ def test_two_compilations_do_not_share_a_scaler() -> None:
         opt.zero_grad()
 
     options = {"codegen": "eager"}
-    first = torch.compile(step, backend="mixedprec", options=options)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    second = torch.compile(step, backend="mixedprec", options=options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    first = torch.compile(step, backend="mixedprec", options=options)  # pyrefly: ignore[no-matching-overload]
+    second = torch.compile(step, backend="mixedprec", options=options)  # pyrefly: ignore[no-matching-overload]
     first()
     first()
     second()

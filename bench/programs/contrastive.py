@@ -1,8 +1,5 @@
 """Self-supervised and metric learning, distillation."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import copy

@@ -1,9 +1,5 @@
 """Steps that differentiate twice, per sample, or by functions."""
 
-# What a loop over a list that is not empty binds is bound; a gradient is there after backward();
-# torch.func takes parameters for tensors.
-# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportAssignmentType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false
 from __future__ import annotations
 
 import copy

@@ -1,10 +1,5 @@
 """Models of diffusers, trained as its examples do."""
 
-# The types that diffusers writes down are those of its own defaults.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,7 +1,5 @@
 """The shapes of pytorch/examples and of PyTorch's tutorials."""
 
-# What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

@@ -1,7 +1,5 @@
 """Generators and critics: two optimizers, losses that see each other, penalties on gradients."""
 
-# What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

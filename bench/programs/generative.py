@@ -1,8 +1,5 @@
 """Diffusion, flows, energy models and codebooks of our own, and packages for them."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import math

@@ -1,8 +1,5 @@
 """Graph networks of PyG, trained as its examples do."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from typing import Any

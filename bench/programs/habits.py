@@ -1,7 +1,5 @@
 """What people do in a step: accumulate, log, schedule, average, stop early, checkpoint."""
 
-# What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import copy

@@ -5,9 +5,6 @@ then `import torchvision` stops where it describes `nms` and `qnms` to the compi
 without them.
 """
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import torch

@@ -1,10 +1,5 @@
 """Decoders of transformers, next-token loss; shapes of nanoGPT and minGPT; x-transformers."""
 
-# What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnboundVariable=false
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,8 +1,5 @@
 """Optimizers of torch and of others on one small model."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

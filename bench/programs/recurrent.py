@@ -1,10 +1,5 @@
 """Recurrent nets over sequences of different lengths, tagging, tables."""
 
-# What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnboundVariable=false
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The shapes of CleanRL: several optimizers, target networks, inner loops."""
 
-# What a loop over a list that is not empty binds is bound.
-# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import copy

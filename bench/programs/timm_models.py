@@ -1,8 +1,5 @@
 """Models of timm, trained as its script does: mixed labels, weight decay by shape, EMA."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,8 +1,5 @@
 """Models of torchvision, made small."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import torch

@@ -1,8 +1,5 @@
 """Adapters of PEFT on models of transformers."""
 
-# From the extra "programs".
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from typing import Any

@@ -116,7 +116,7 @@ def _part(real: torch.Tensor, whole: Any) -> torch.Tensor:
 
 def boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     """Tell AOTAutograd that ``run`` takes its inputs as one list, which it empties."""
-    run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+    run._boxed_call = True  # pyrefly: ignore[missing-attribute]
     return run
 
 

@@ -26,7 +26,7 @@ ANOMALY_HINT = (
 class Debugging(base.VariableTracker):
     """``torch.autograd.detect_anomaly`` or a profiler's class, which the step calls."""
 
-    _nonvar_fields: ClassVar[set[str]] = {"value", *base.VariableTracker._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"value", *base.VariableTracker._nonvar_fields}  # pyrefly: ignore[bad-override]
 
     def __init__(self, value: Any, **options: Any) -> None:
         super().__init__(**options)

@@ -45,7 +45,7 @@ def optimizer_step(index: int, params: list[Any], grads: list[Any], dynamic: lis
 class _Method(functions.UserMethodVariable):
     """``optimizer.step`` or ``optimizer.zero_grad``, not called yet: libraries ask for its signature."""
 
-    _nonvar_fields: ClassVar[set[str]] = {"method", *functions.UserMethodVariable._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"method", *functions.UserMethodVariable._nonvar_fields}  # pyrefly: ignore[bad-override]
 
     def __init__(self, function: Any, owner: Any, method: str, **options: Any) -> None:
         super().__init__(function, owner, **options)

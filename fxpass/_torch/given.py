@@ -70,7 +70,7 @@ class _Question:
             try:
                 for node, function, *given in self.calls:
                     args, kwargs = map_arg(tuple(given), known.__getitem__)
-                    known[node] = function(*args, **kwargs)
+                    known[node] = function(*args, **kwargs)  # pyrefly: ignore[not-iterable]
                 # a write that the calls leave out would show here
                 whole = all(getattr(known[n], "_version", 0) == count for n, count in self.writes.items())
                 return bool(known[self.last]) if whole else None

@@ -77,7 +77,7 @@ def is_wrapped(value: Tensor) -> bool:
 
 def gradient_arguments(node: Node) -> dict[str, Any]:
     """The arguments of a gradient call, by name."""
-    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # pyright: ignore[reportArgumentType]
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # pyrefly: ignore[bad-argument-type]
     bound.apply_defaults()
     return bound.arguments
 

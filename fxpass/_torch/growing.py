@@ -51,13 +51,13 @@ class _Growing:
         return [*create_call_method(1), create_instruction("POP_TOP")]
 
 
-class GrowingList(_Growing, ListVariable):  # pyright: ignore[reportIncompatibleVariableOverride]
+class GrowingList(_Growing, ListVariable):
     """A list, which Dynamo extends in one call once the step is over."""
 
     _ordinary = ListVariable
 
 
-class GrowingDeque(_Growing, DequeVariable):  # pyright: ignore[reportIncompatibleVariableOverride]
+class GrowingDeque(_Growing, DequeVariable):
     """A deque, likewise."""
 
     _ordinary = DequeVariable

@@ -52,7 +52,7 @@ def has_own_zero_grad(optimizer: Optimizer) -> bool:
 
 def init_group(optimizer: Optimizer) -> Callable[..., Any]:
     """The method with which one of torch's optimizers makes the state of its parameters, undecorated."""
-    return inspect.unwrap(type(optimizer)._init_group)  # pyright: ignore[reportAttributeAccessIssue] - all have
+    return inspect.unwrap(type(optimizer)._init_group)  # pyrefly: ignore[missing-attribute] # all have
 
 
 def note_step(optimizer: Optimizer) -> None:

@@ -138,7 +138,7 @@ def _of_expression(guard: ast.expr, frame: _Frame) -> str:
     if isinstance(op, (ast.NotEq, ast.IsNot)):
         return f"{frame.plain(name)} was not {was}, is {frame.read(name)}"
     if type(op) in _BOUNDS:
-        return f"{frame.plain(name)} was {_BOUNDS[type(op)][left_is_value]} {was}, is {frame.read(name)}"
+        return f"{frame.plain(name)} was {_BOUNDS[type(op)][left_is_value]} {was}, is {frame.read(name)}"  # pyrefly: ignore[bad-index]
     if isinstance(op, (ast.In, ast.NotIn)) and left_is_value:
         had = isinstance(op, ast.In)
         return f"{frame.plain(name)} {'had' if had else 'had no'} {was}, has {'none' if had else 'it'} now"

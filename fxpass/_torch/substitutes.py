@@ -193,7 +193,7 @@ def _pad(
         longest = torch.sym_max(longest, sequence.shape[0])
     rows = []
     for sequence in sequences:
-        row = torch.full((longest, *sequence.shape[1:]), padding_value)
+        row = torch.full((longest, *sequence.shape[1:]), padding_value)  # pyrefly: ignore[no-matching-overload]
         row = row.to(sequence.device, sequence.dtype)
         at = torch.arange(sequence.shape[0], device=sequence.device)
         at = at + (longest - sequence.shape[0]) if padding_side == "left" else at

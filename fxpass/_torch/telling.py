@@ -67,7 +67,7 @@ class Later(VariableTracker):
     What a call that tells something returns tells too; ``log = logging.getLogger(); log.info(...)``.
     """
 
-    _nonvar_fields: ClassVar[set[str]] = {"function", "method", "tells", *VariableTracker._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"function", "method", "tells", *VariableTracker._nonvar_fields}  # pyrefly: ignore[bad-override]
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Bar(VariableTracker):
 class Talker(VariableTracker):
     """Something that only talks to people; a call of it or of a method is made when the graph has run."""
 
-    _nonvar_fields: ClassVar[set[str]] = {"value", *VariableTracker._nonvar_fields}
+    _nonvar_fields: ClassVar[set[str]] = {"value", *VariableTracker._nonvar_fields}  # pyrefly: ignore[bad-override]
 
     def __init__(self, value: Any, **options: Any) -> None:
         super().__init__(**options)

@@ -91,7 +91,7 @@ class Ways:
     def _line(self, at: int) -> int:
         starts = (i.starts_line for i in reversed(self.instructions[: at + 1]) if i.starts_line)
         line = next(starts, self.code.co_firstlineno)
-        return self.instructions[at].line_number if line is True else line  # pyright: ignore
+        return self.instructions[at].line_number if line is True else line  # pyrefly: ignore[missing-attribute]
 
     def _landing(self, at: int) -> int:
         """The first instruction from ``at`` on that does something; all returns of None are the same."""

@@ -123,7 +123,7 @@ def _numbers(value: Value) -> Iterator[int]:
 def _value(node: Node, values: Mapping[Node, Value], opened: list[_Open], birth: int, end: int) -> Value:
     """Where the value of ``node`` lies: in storages of its inputs, or in new ones."""
     if node.target is operator.getitem:
-        source = values[node.args[0]]  # pyright: ignore[reportArgumentType]
+        source = values[node.args[0]]  # pyrefly: ignore[bad-index]
         position = node.args[1]
         if isinstance(source, tuple) and isinstance(position, int):
             return source[position]

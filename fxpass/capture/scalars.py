@@ -53,7 +53,7 @@ _DIVIDES = {
     "__rtruediv__": 0,
     "__rdiv__": 0,
 }  # the divisor
-_SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
+_SET_DATA: Any = Tensor.data.__set__  # pyrefly: ignore[missing-attribute]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def to_svg(nodes: Sequence[NodeView], title: str) -> str:
         UsageProblem: graphviz is not installed.
     """
     try:
-        return _graph(nodes, title).create_svg().decode()  # pyright: ignore[reportAttributeAccessIssue]
+        return _graph(nodes, title).create_svg().decode()  # pyrefly: ignore[missing-attribute]
     except FileNotFoundError:
         hint = "install graphviz (its `dot` draws the picture), or use --format dot"
         raise UsageProblem("SVG needs graphviz, which is not installed", hint) from None

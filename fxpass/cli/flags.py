@@ -112,7 +112,7 @@ def backend_options(command: Command) -> Command:
             flag, kind = f"{flag}/--no-{flag[2:]}", {"is_flag": True, "default": None}
         elif isinstance(default, tuple):
             kind |= {"multiple": True}
-        wrapped = click.option(flag, f"option_{field.name}", help=text, **kind)(wrapped)
+        wrapped = click.option(flag, f"option_{field.name}", help=text, **kind)(wrapped)  # pyrefly: ignore[bad-argument-type]
     return wrapped
 
 

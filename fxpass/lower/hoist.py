@@ -97,7 +97,7 @@ def gather_scalars(step: StepGraph) -> int:
         values: list[Node] = list(node.all_input_nodes) if len(node.all_input_nodes) >= MANY else []
         if not values or not all(map(_is_scalar, values)):
             continue
-        values = list(node.args[0])  # pyright: ignore[reportArgumentType]
+        values = list(node.args[0])  # pyrefly: ignore[bad-argument-type, bad-assignment]
         bare = [source(v) if _is_cast(v) else v for v in values]
         if not all(map(_is_cast, values)) or len({tensor(v).dtype for v in bare}) > 1:
             bare = values

@@ -82,7 +82,7 @@ class _Call:
         scale: Any = node.kwargs.get("scale")
         if scale is None:  # the kernels' own default, as torch writes it for flash attention
             scale = float(tensor(query).shape[-1]) ** -0.5
-        return cls(node, (query, key, value), bias, saves, dropout, causal, scale)
+        return cls(node, (query, key, value), bias, saves, dropout, causal, scale)  # pyrefly: ignore[bad-argument-type]
 
     @property
     def aligned(self) -> bool:

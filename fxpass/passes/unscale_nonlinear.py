@@ -165,7 +165,7 @@ class _Degrees:
     # ------------------------------------------------------------ rewriting
 
     def _call(self, target: object, *args: object, why: str) -> Node:
-        return self.edit.call(target, *args, when=Phase.BACKWARD, reason=why)  # pyright: ignore[reportArgumentType]
+        return self.edit.call(target, *args, when=Phase.BACKWARD, reason=why)  # pyrefly: ignore[bad-argument-type]
 
     def _wide(self, value: Node, why: str) -> Node:
         """``value`` in float32, spelled out: it may be of low precision once casts have been inserted."""

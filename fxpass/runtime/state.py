@@ -41,7 +41,7 @@ class StepStats(_Fields):
 
     __slots__ = ()
 
-    def _asdict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _asdict(self) -> dict[str, Any]:
         """Flat: numbers, and ``nonfinite`` as one string. Ready for a logger's scalars."""
         return {**super()._asdict(), "nonfinite": ", ".join(self.nonfinite)}
 

@@ -41,14 +41,14 @@ class DynamicLossScale(MovingLossScale):
     name: ClassVar[str] = "dynamic"
     keeps: ClassVar[Mapping[str, float]] = {"scale": 1.0, "growth_tracker": 0, "overflows": 0, "stuck": 0}
 
-    init_scale: float = 2.0**16
+    init_scale: float = 2.0**16  # pyrefly: ignore[bad-override]
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
     growth_interval: int = 2000
     hysteresis: int = 1
-    min_scale: float = 1.0
-    max_scale: float = 2.0**24
-    patience: int = 50
+    min_scale: float = 1.0  # pyrefly: ignore[bad-override]
+    max_scale: float = 2.0**24  # pyrefly: ignore[bad-override]
+    patience: int = 50  # pyrefly: ignore[bad-override]
     consecutive_hysteresis: bool = True
     growth_delay: int = 0
     saturate: bool = False

@@ -48,12 +48,12 @@ class HeadroomLossScale(MovingLossScale):
         "headroom_margin": 0.0,
     }
 
-    init_scale: float = 2.0**16
+    init_scale: float = 2.0**16  # pyrefly: ignore[bad-override]
     overflow_rate: float = 1e-3
     window: int = 100
-    min_scale: float = 1.0
-    max_scale: float = 2.0**32
-    patience: int = 50
+    min_scale: float = 1.0  # pyrefly: ignore[bad-override]
+    max_scale: float = 2.0**32  # pyrefly: ignore[bad-override]
+    patience: int = 50  # pyrefly: ignore[bad-override]
 
     def __post_init__(self) -> None:
         self.check_range()

@@ -60,7 +60,7 @@ def test_a_kernel_is_compiled_alone_if_the_compilation_was_given_up() -> None:
         scope["add"] = compile_.cpp_pybinding(TYPES, _adds(5))
         raise ZeroDivisionError
     out = torch.zeros(3)
-    scope["add"](torch.ones(3), out, 3)  # pyright: ignore[reportCallIssue]
+    scope["add"](torch.ones(3), out, 3)  # pyrefly: ignore[not-callable]
     assert torch.equal(out, torch.full((3,), 6.0))
 
 

@@ -123,7 +123,7 @@ def test_storages_live_as_long_as_they_do_in_eager(choices: list[Choice], output
     results = watched.run(*held)
     assert [sorted(before(found, i)) for i in range(len(found.nodes))] == [sorted(a) for a in watched.alive]
     assert {s.name for s in found.storages if s.death == len(found.nodes)} == watched.present()
-    sizes = {name: ref().nbytes() for name, ref in watched.made.items() if ref() is not None}  # pyright: ignore[reportOptionalMemberAccess]
+    sizes = {name: ref().nbytes() for name, ref in watched.made.items() if ref() is not None}  # pyrefly: ignore[missing-attribute]
     assert {s.name: int(s.size) for s in found.storages if s.name in sizes} == sizes
     del results
 

@@ -50,7 +50,7 @@ def test_a_peer_and_fxpass_side_by_side(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(models.GPT_SIZES, "tiny", models.GPTConfig(width=64, layers=1, heads=1))
     makers = memory.contenders(["o2-keep", "fxpass"])
     # code generation is not the point here
-    makers["fxpass"].keywords["codegen"] = "eager"  # pyright: ignore[reportFunctionMemberAccess]
+    makers["fxpass"].keywords["codegen"] = "eager"  # pyrefly: ignore[missing-attribute]
     results, lines = [], {}
     for name, make in makers.items():
         result, timeline = memory.measured(name, make, "tiny", 32, torch.device("cpu"))

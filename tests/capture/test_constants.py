@@ -42,7 +42,7 @@ def _build() -> Training:
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("options", [FP32, EAGER], ids=["inductor", "eager"])
 def test_literals_and_items_that_are_set(options: dict[str, object]) -> None:
-    compare(_build, handle=MixedPrecision(**options), graphs=2)  # pyright: ignore[reportArgumentType]
+    compare(_build, handle=MixedPrecision(**options), graphs=2)  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.slow

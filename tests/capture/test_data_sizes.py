@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # pyrefly: ignore[untyped-import]
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
@@ -94,7 +94,7 @@ def ctc(m: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     log_probs = m(x)[:, None].log_softmax(-1)
     target = (y[:3] % 4 + 1)[None]
     with torch.backends.cudnn.flags(enabled=False):
-        loss = F.ctc_loss(log_probs, target, (10,), [3])  # pyright: ignore[reportArgumentType]
+        loss = F.ctc_loss(log_probs, target, (10,), [3])  # pyrefly: ignore[bad-argument-type]
     return loss + F.ctc_loss(log_probs, target, torch.tensor([9]), mask[:2].sum()[None].clamp(min=1))
 
 
@@ -167,7 +167,7 @@ def test_by_default() -> None:
     """float16 and Inductor: four kinds in one step, a mask without an element, and an overflow."""
     losses = (masked, detection, indexed, packed)
     handle = MixedPrecision(loss_scale=256.0)
-    ours, step = follows(lambda *args: torch.stack([loss(*args) for loss in losses]).mean(), handle)
+    ours, step = follows(lambda *args: torch.stack([loss(*args) for loss in losses]).mean(), handle)  # pyrefly: ignore[bad-argument-type]
     memory = handle.graphs[0].memory
     assert not memory.missing
     assert "at most 10" in " ".join(memory.bounds.values())
@@ -182,7 +182,7 @@ def test_by_default() -> None:
 @pytest.mark.slow
 def test_what_has_no_bound() -> None:
     handle = MixedPrecision(loss_scale=256.0, codegen="eager")
-    follows(lambda *args: detection(*args) + counted(*args), handle)
+    follows(lambda *args: detection(*args) + counted(*args), handle)  # pyrefly: ignore[bad-argument-type]
     assert handle.graphs[0].memory.unsized
     assert "not counted" in handle.graphs[0].memory_summary()
 

@@ -192,7 +192,7 @@ def test_the_string_backend_has_a_handle_per_compilation(fullgraph: bool) -> Non
     function = _first(net := Mlp(), torch.optim.SGD(net.parameters(), lr=0.1))
     options: Any = {"codegen": "eager"}
     one = torch.compile(function, backend="mixedprec", options=options, fullgraph=fullgraph)
-    two = torch.compile(function, backend="mixedprec", options={**options, "loss_scale": 8.0})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    two = torch.compile(function, backend="mixedprec", options={**options, "loss_scale": 8.0})  # pyrefly: ignore[no-matching-overload]
     three = torch.compile(function, backend="mixedprec", options=options)
     for step, runs in ((one, 3), (two, 2), (three, 1)):
         for batch in batches(runs):
@@ -272,10 +272,10 @@ def test_mistakes_in_the_step_are_named(late: bool) -> None:
     def step(x: Tensor, y: Tensor) -> None:
         loss = mse_loss(net(x), y)
         if not late:
-            net.frist(x)  # pyright: ignore[reportCallIssue]
+            net.frist(x)  # pyrefly: ignore[not-callable]
         loss.backward()
         if late:
-            undefined(loss)  # noqa: F821 # pyright: ignore[reportUndefinedVariable]
+            undefined(loss)  # noqa: F821  # pyrefly: ignore[unknown-name]
         opt.step()
 
     before = clone(dict(net.named_parameters()))

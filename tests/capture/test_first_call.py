@@ -33,8 +33,8 @@ def _install(module: nn.Module) -> None:
         return
     with _LOCK:
         for child in module.children():
-            child.register_forward_hook(lambda module, args, out: out * 0.5)  # pyright: ignore[reportOperatorIssue]
-        module.installed = True  # pyright: ignore
+            child.register_forward_hook(lambda module, args, out: out * 0.5)
+        module.installed = True  # pyrefly: ignore[bad-argument-type]
         _done.append("installed")
 
 

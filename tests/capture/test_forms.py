@@ -276,7 +276,7 @@ def train(step_of: Callable[[Mlp, Any], Step]) -> Callable[[], Training]:
 def test_form(form: Any, keep: bool) -> None:
     # a scale without casts: were anything scaled and not unscaled again, it would show
     options = {**EAGER, "grads": "keep"} if keep else FP32
-    mp = MixedPrecision(**options, loss_scale=1024.0)
+    mp = MixedPrecision(**options, loss_scale=1024.0)  # pyrefly: ignore[bad-argument-type]
     compare(train(form), grads=keep, handle=mp)
 
 

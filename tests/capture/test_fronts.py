@@ -21,14 +21,14 @@ class Front(torch.optim.Optimizer):
         self.optimizer, self.shared = optimizer, state
 
     @property
-    def param_groups(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> Any:  # pyrefly: ignore[bad-override]
         return self.optimizer.param_groups
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         if "set_to_none" in inspect.signature(self.optimizer.zero_grad).parameters:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, closure: Any = None) -> None:  # pyright: ignore
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
         if self.shared is None or self.shared.due:
             self.optimizer.step(closure)
 

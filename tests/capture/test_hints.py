@@ -68,7 +68,7 @@ def _in_a_function(net: Any, opt: Any, hinted: bool) -> Step:
         loss_of(x, y, factor).backward()
         opt.step()
 
-    step.calls = [(*b, _untraced() if hinted else None) for b in batches()]  # pyright: ignore[reportFunctionMemberAccess]
+    step.calls = [(*b, _untraced() if hinted else None) for b in batches()]  # pyrefly: ignore[missing-attribute]
     return step
 
 
@@ -124,7 +124,7 @@ def _disabled(net: Any, opt: Any, hinted: bool) -> Step:
     disabled = update if hinted else torch.compiler.disable(update)
 
     def step(x: Tensor, y: Tensor) -> None:
-        disabled(x, y)  # pyright: ignore[reportCallIssue]
+        disabled(x, y)
 
     return step
 
@@ -134,7 +134,7 @@ def _disabled_loss(net: Any, opt: Any, hinted: bool) -> Step:
 
     def step(x: Tensor, y: Tensor) -> None:
         opt.zero_grad()
-        loss_of(net(x), y).backward()  # pyright: ignore[reportCallIssue]
+        loss_of(net(x), y).backward()
         opt.step()
 
     return step

@@ -44,7 +44,7 @@ def _every_kind(net: Mlp) -> None:
         p.grad.mul_(0.5)
 
     net.last.bias.register_post_accumulate_grad_hook(halve)
-    net.norm.register_forward_hook(lambda module, args, out: out * 1.5)  # pyright: ignore[reportOperatorIssue]
+    net.norm.register_forward_hook(lambda module, args, out: out * 1.5)
 
 
 @pytest.mark.parametrize("options", [FP32, {**EAGER, "loss_scale": 1024.0}], ids=["inductor", "scaled"])
@@ -60,7 +60,7 @@ def _replace(p: Tensor) -> None:
 LATER: dict[str, Callable[[Mlp], Any]] = {
     "on a gradient": lambda net: net.first.weight.register_hook(lambda g: g * 0.0),
     "after accumulation": lambda net: net.first.weight.register_post_accumulate_grad_hook(_replace),
-    "forward": lambda net: net.norm.register_forward_hook(lambda module, args, out: out * 2.0),  # pyright: ignore[reportOperatorIssue]
+    "forward": lambda net: net.norm.register_forward_hook(lambda module, args, out: out * 2.0),
     "before forward": lambda net: net.norm.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,)),
 }
 
@@ -78,7 +78,7 @@ def test_hooks_that_come_and_go_between_calls(name: str) -> None:
         handle = None
         for call, batch in enumerate(calls):
             if call == 1:
-                handle = LATER[name](training.models[0])  # pyright: ignore[reportArgumentType]
+                handle = LATER[name](training.models[0])  # pyrefly: ignore[bad-argument-type]
             elif call == 3 and handle is not None:
                 handle.remove()
             step(*batch)
@@ -101,7 +101,7 @@ def test_backward_hooks_of_modules_are_refused(name: str, later: bool) -> None:
     step = torch.compile(training.step, backend=MixedPrecision(**EAGER))
     if later:
         step(*batches(1)[0])
-        register(training.models[0])  # pyright: ignore[reportArgumentType]
+        register(training.models[0])  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(CaptureError, match="has a backward hook") as error:
         step(*batches(1)[0])
     assert "helpers.py" in error.value.where  # the line of the model that calls the module
@@ -192,8 +192,8 @@ def test_an_optimizer_per_parameter_in_backward(codegen: str) -> None:
         opts = {p: torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in net.parameters()}
 
         def update(p: Tensor) -> None:
-            opts[p].step()  # pyright: ignore[reportArgumentType]
-            opts[p].zero_grad()  # pyright: ignore[reportArgumentType]
+            opts[p].step()  # pyrefly: ignore[bad-index]
+            opts[p].zero_grad()  # pyrefly: ignore[bad-index]
 
         for p in net.parameters():
             p.register_post_accumulate_grad_hook(update)

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def gram(m: nn.Module, x: Tensor) -> Tensor:
-    h = m.first(x)  # pyright: ignore[reportCallIssue]
+    h = m.first(x)  # pyrefly: ignore[not-callable]
     return h.t() @ h + 8 * torch.eye(8)
 
 
@@ -51,12 +51,12 @@ def asserted(m: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
 
 
 def int32_tokens(m: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
-    return m(m.tokens(ids.int().view(2, 3))).pow(2).mean()  # pyright: ignore[reportCallIssue]
+    return m(m.tokens(ids.int().view(2, 3))).pow(2).mean()  # pyrefly: ignore[not-callable]
 
 
 def with_max_norm(m: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
-    again = F.embedding(ids, m.tokens.weight, max_norm=1.0, norm_type=1.0)  # pyright: ignore
-    return m(m.bounded(ids) + again).pow(2).mean()  # pyright: ignore[reportCallIssue]
+    again = F.embedding(ids, m.tokens.weight, max_norm=1.0, norm_type=1.0)  # pyrefly: ignore[missing-attribute]
+    return m(m.bounded(ids) + again).pow(2).mean()  # pyrefly: ignore[not-callable]
 
 
 def factorised(m: nn.Module, x: Tensor, ids: Tensor) -> Tensor:

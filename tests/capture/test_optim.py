@@ -30,7 +30,7 @@ class Own(Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for p in self.param_groups[0]["params"]:
             state = self.state[p]
             if not state:

@@ -431,7 +431,7 @@ def test_a_compilation_that_fails_does_not_count() -> None:
     class Unready(torch.optim.SGD):
         ready = False
 
-        def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def step(self) -> None:  # pyrefly: ignore[bad-override]
             if not self.ready:
                 raise ValueError("not ready")
             for param in self.param_groups[0]["params"]:

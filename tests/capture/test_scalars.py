@@ -69,7 +69,7 @@ def test_a_bfloat16_term_is_scaled_in_the_dtype_of_the_sum() -> None:
     """Muon's update is bfloat16; rounding lr * update to it would lose its last 16 bits."""
     update = torch.tensor([1.0, 3.0]).bfloat16()
     with ScalarTensors():
-        found = torch.zeros(2).add_(update, alpha=torch.tensor(-0.001, dtype=torch.float64))  # pyright: ignore[reportArgumentType]
+        found = torch.zeros(2).add_(update, alpha=torch.tensor(-0.001, dtype=torch.float64))  # pyrefly: ignore[bad-argument-type]
     same(found, torch.zeros(2).add_(update, alpha=-0.001), "sum")
 
 

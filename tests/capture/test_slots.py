@@ -32,7 +32,7 @@ def test_the_graph_knows_every_slot_by_its_input_and_its_mark() -> None:
 
 def test_gradients_have_their_leaf_and_their_readers() -> None:
     step, _ = graph_of(*training_step(optimizer=SGD))
-    assert [step.names[g.leaf] for g in step.gradients.values()] == [r.slot.name for r in step.reads]  # pyright: ignore[reportArgumentType]
+    assert [step.names[g.leaf] for g in step.gradients.values()] == [r.slot.name for r in step.reads]  # pyrefly: ignore[bad-index]
     assert [str(r.slot) for r in step.reads] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 

@@ -139,9 +139,9 @@ def _trainers(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> None:
 
 def _gradients(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> None:
     """Unscaled, and the weights as they are before the update."""
-    grad = net.first.weight.grad  # pyright: ignore
+    grad = net.first.weight.grad  # pyrefly: ignore[missing-attribute]
     assert grad is not None
-    print(f"{grad.norm():.4f} {net.last.bias.detach().sum():.4f}")  # pyright: ignore
+    print(f"{grad.norm():.4f} {net.last.bias.detach().sum():.4f}")  # pyrefly: ignore[missing-attribute]
 
 
 def _returned(loss: Tensor, x: Tensor, net: nn.Module, me: Trainer) -> Any:

@@ -109,7 +109,7 @@ def _disabled(net: nn.Module, opt: Any) -> Step:
         opt.step()
 
     def step(x: Tensor, y: Tensor) -> None:
-        body(x, y)  # pyright: ignore[reportCallIssue]
+        body(x, y)
 
     return step
 
@@ -271,7 +271,7 @@ def test_training_elsewhere_is_none_of_our_business() -> None:
     _disabled(net, opt)(*batches(1)[0])
     model = torch.compile(net, backend="aot_eager")
     mse_loss(model(batches(1)[0][0]), batches(1)[0][1]).backward()
-    assert net[0].weight.grad is not None  # pyright: ignore[reportIndexIssue]
+    assert net[0].weight.grad is not None  # pyrefly: ignore[bad-index]
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -61,7 +61,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(
 ) -> None:
     found = fx(capsys, *command)
     assert found.code == 2, found
-    assert USAGE[command] in found.err
+    assert USAGE[command] in found.err  # pyrefly: ignore[bad-index]
     assert found.err.startswith("fxpass: ")
     assert "Traceback" not in found.err
     assert found.out == ""

@@ -55,7 +55,7 @@ class Eager:
         self.partly = False  # some parameters of a call were stepped: which extras follow is not modelled
         self._coefficient: Tensor | None = None
         for number, optimizer in enumerate(built.optimizers):
-            optimizer.step = self._guarded(number, optimizer)  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step = self._guarded(number, optimizer)  # pyrefly: ignore[bad-assignment]
 
     def call(self, args: tuple[Any, ...]) -> Call:
         """One call of the step; on an overflow all it wrote from gradients gets its old value back."""

@@ -120,7 +120,7 @@ def test_nothing_is_narrowed_only_to_be_widened() -> None:
         nn.Sequential(nn.Linear(4, 8), nn.Softmax(-1), nn.LayerNorm(8), nn.Linear(8, 2), nn.Softplus())
     )
     made = nodes(step, "_to_copy")
-    assert not [n for n in made if n.args[0] in made and tensor(n.args[0].args[0]).dtype == tensor(n).dtype]
+    assert not [n for n in made if n.args[0] in made and tensor(n.args[0].args[0]).dtype == tensor(n).dtype]  # pyrefly: ignore[missing-attribute]
 
 
 def test_casting_back_reads_the_value_it_was_widened_from() -> None:

@@ -99,11 +99,11 @@ def update_of(
     opt = torch.optim.SGD([*weights, idle], lr=1.0)
 
     def step(*factors: Tensor) -> None:
-        sum((w * f).sum() for w, f in zip(weights, factors, strict=True)).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        sum((w * f).sum() for w, f in zip(weights, factors, strict=True)).backward()  # pyrefly: ignore[missing-attribute]
         opt.step()
         opt.zero_grad()
 
-    mp = MixedPrecision(**{"codegen": "eager", "loss_scale": scale, **options})
+    mp = MixedPrecision(**{"codegen": "eager", "loss_scale": scale, **options})  # pyrefly: ignore[bad-argument-type]
     torch.compile(step, backend=mp)(*[torch.tensor(g) for g in gradients])
     assert not idle.any()
     return [-w.detach() for w in weights], mp
@@ -201,7 +201,7 @@ def test_two_optimizers(clip_per: str, doubled: bool) -> None:
     torch.compile(step, backend=mp)(x)
     models[1](x).square().sum().backward()
     if doubled:
-        parameters(opts[1][1])[0].grad.mul_(2.0)  # pyright: ignore[reportOptionalMemberAccess]
+        parameters(opts[1][1])[0].grad.mul_(2.0)  # pyrefly: ignore[missing-attribute]
     together = [[p for opt in opts[1] for p in parameters(opt)]]
     for some in together if clip_per == "global" else [parameters(opt) for opt in opts[1]]:
         nn.utils.clip_grad_norm_(some, 0.25)

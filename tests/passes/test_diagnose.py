@@ -21,7 +21,7 @@ class Probed:
 
     def __init__(self, **options: object) -> None:
         self.model = Mlp()
-        self.mp = MixedPrecision(codegen="eager", **options)  # pyright: ignore[reportArgumentType]
+        self.mp = MixedPrecision(codegen="eager", **options)  # pyrefly: ignore[bad-argument-type]
         opt = torch.optim.SGD(self.model.parameters(), lr=0.1)
         params = dict(self.model.named_parameters())
 

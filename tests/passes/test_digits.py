@@ -44,7 +44,7 @@ def added(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def added_tensor(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     p = torch.sigmoid(m(x))
-    return cross_entropy(p + m.eps, 1 - p + torch.tensor(1e-8), y)  # pyright: ignore[reportOperatorIssue]
+    return cross_entropy(p + m.eps, 1 - p + torch.tensor(1e-8), y)  # pyrefly: ignore[unsupported-operation]
 
 
 def clamped(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -134,4 +134,4 @@ def test_stays_within_its_limits() -> None:
 )
 def test_wrong_settings(settings: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="HeadroomLossScale"):
-        HeadroomLossScale(**settings)  # pyright: ignore[reportArgumentType]
+        HeadroomLossScale(**settings)  # pyrefly: ignore[bad-argument-type]

@@ -26,7 +26,7 @@ def writes_in_backward(step: StepGraph) -> list[str]:
 
 def graph(**options: object) -> StepGraph:
     step, args = training_step(deep(), torch.optim.AdamW)
-    passes = passes_for(MixedPrecision(**options))  # pyright: ignore[reportArgumentType]
+    passes = passes_for(MixedPrecision(**options))  # pyrefly: ignore[bad-argument-type]
     return graph_of(step, args, passes)[0]
 
 

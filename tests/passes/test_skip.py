@@ -50,7 +50,7 @@ def test_exact(bad_steps: set[int], codegen: str) -> None:
     scale = 2.0**16
     for index in range(5):
         before = clone([dict(model.named_parameters()), opt.state_dict()["state"]])
-        statistics = model.body[1].running_mean.clone()  # pyright: ignore[reportCallIssue]
+        statistics = model.body[1].running_mean.clone()  # pyrefly: ignore[not-callable]
         step(torch.randn(6, 4), torch.tensor(INF if index in bad_steps else 1.0))
         after = clone([dict(model.named_parameters()), opt.state_dict()["state"]])
         if index in bad_steps:
@@ -63,7 +63,7 @@ def test_exact(bad_steps: set[int], codegen: str) -> None:
                 same(after, before, "parameters and state", exact=True)
         else:
             assert not torch.equal(after[0]["body.0.weight"], before[0]["body.0.weight"])
-        assert not torch.equal(model.body[1].running_mean, statistics), "BatchNorm follows eager"  # pyright: ignore[reportArgumentType]
+        assert not torch.equal(model.body[1].running_mean, statistics), "BatchNorm follows eager"  # pyrefly: ignore[bad-argument-type]
         assert mp.scale.item() == scale
     assert mp.stats().skipped == len(bad_steps)
     assert {float(s["step"]) for s in opt.state.values()} == {5.0 - len(bad_steps)}

@@ -36,7 +36,7 @@ def identity(backward_of: Backward) -> Function:
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
             return backward_of(grad, ctx.saved_tensors[0])
 
     return Identity.apply

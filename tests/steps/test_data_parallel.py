@@ -61,4 +61,4 @@ def test_refused_by_name(found: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize("name", ["data_parallel", "reduce_dtype", "bucket_mb"])
 def test_options_are_checked(name: str) -> None:
     with pytest.raises(OptionError, match=f"option {name}='much'"):
-        MixedPrecision(**{name: "much"})  # pyright: ignore[reportArgumentType]
+        MixedPrecision(**{name: "much"})  # pyrefly: ignore[bad-argument-type]

@@ -47,7 +47,7 @@ def _train(options: dict[str, Any], codegen: str) -> tuple[dict[str, Any], Mixed
     net = Mlp()
     opt = torch.optim.AdamW(net.parameters(), lr=0.01)
     options = {k: v for k, v in options.items() if codegen == "inductor" or k != "inductor"}
-    mp = MixedPrecision(**{"loss_scale": 256.0, **options, "codegen": codegen})
+    mp = MixedPrecision(**{"loss_scale": 256.0, **options, "codegen": codegen})  # pyrefly: ignore[bad-argument-type]
 
     @torch.compile(backend=mp)
     def step(x: Tensor, y: Tensor) -> Tensor:

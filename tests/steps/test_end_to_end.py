@@ -165,7 +165,7 @@ def test_on_cuda(dtype: str, mode: str | None) -> None:
     extra: dict[str, Any] = {"mode": mode} if mode else {"options": {"dtype": dtype}}
     step, eager = torch.compile(make_step(ours), backend="mixedprec", **extra), make_step(theirs)
     x, y = (t.cuda() for t in batch())
-    step(x, y), eager(x, y)  # pyright: ignore[reportUnusedExpression]
+    step(x, y), eager(x, y)
     torch.cuda.set_sync_debug_mode("error")
     losses = [(step(x, y).detach().clone(), eager(x, y).detach().clone()) for _ in range(20)]
     torch.cuda.set_sync_debug_mode("default")

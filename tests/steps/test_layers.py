@@ -38,7 +38,7 @@ def together(builds: Sequence[Callable[[], Case]]) -> Case:
 
     def loss(model: nn.Module, *args: Tensor) -> Tensor:
         parts = [args[a:b] for a, b in itertools.pairwise(ends)]
-        return sum(one(m, *x) for one, m, x in zip(losses, model.children(), parts, strict=True))  # pyright: ignore[reportReturnType]
+        return sum(one(m, *x) for one, m, x in zip(losses, model.children(), parts, strict=True))  # pyrefly: ignore[bad-return]
 
     return nn.ModuleList(models), loss, tuple(x for own in inputs for x in own)
 

@@ -90,7 +90,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(32, 16)
-        self.rnn = kind(16, 16, num_layers=2, batch_first=True)  # pyright: ignore[reportCallIssue]
+        self.rnn = kind(16, 16, num_layers=2, batch_first=True)  # pyrefly: ignore[bad-argument-type, missing-argument]
         self.head = nn.Linear(16, 32)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def bert() -> Case:
 
     config = BertConfig(
         vocab_size=32,
-        num_labels=3,  # pyright: ignore[reportCallIssue]
+        num_labels=3,  # pyrefly: ignore[unexpected-keyword]
         problem_type=CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -147,7 +147,7 @@ def t5() -> Case:
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = {"vocab_size": 32, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))  # pyright: ignore[reportCallIssue]
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))  # pyrefly: ignore[unexpected-keyword]
     return model, lambda m, ids, y: m(input_ids=ids, labels=y, use_cache=False).loss, (_ids(), _ids(length=6))
 
 
@@ -157,7 +157,7 @@ def vit() -> Case:
     config = ViTConfig(
         image_size=16,
         patch_size=4,
-        num_labels=5,  # pyright: ignore[reportCallIssue]
+        num_labels=5,  # pyrefly: ignore[unexpected-keyword]
         problem_type=CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -171,7 +171,7 @@ def resnet() -> Case:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    config = ResNetConfig(**sizes, num_labels=5, problem_type=CLASSES)  # pyright: ignore[reportCallIssue]
+    config = ResNetConfig(**sizes, num_labels=5, problem_type=CLASSES)  # pyrefly: ignore[unexpected-keyword]
     loss = lambda m, x, y: m(pixel_values=x, labels=y).loss  # noqa: E731
     return ResNetForImageClassification(config), loss, (torch.randn(8, 3, 16, 16), torch.randint(5, (8,)))
 

@@ -99,7 +99,7 @@ FOLLOWED: dict[str, tuple[Make, dict[int, Edit | str], int, str]] = {
         *(4, "eager"),
     ),
     "betas in a list": (
-        lambda p: AdamW(p, lr=1e-2, betas=[0.9, 0.99]),  # pyright: ignore[reportArgumentType]
+        lambda p: AdamW(p, lr=1e-2, betas=[0.9, 0.99]),  # pyrefly: ignore[bad-argument-type]
         {2: settings(betas=[0.5, 0.9]), 4: settings(betas=[0.6, 0.8]), 6: settings(betas=[0.7, 0.7])},
         *(2, "eager"),
     ),
@@ -184,7 +184,7 @@ def test_refused_from_the_call_on(name: str) -> None:
 def test_the_check_at_every_call_looks_at_no_parameter() -> None:
     opt = AdamW([nn.Parameter(torch.zeros(1)) for _ in range(50)])
     assumed = Assumptions.of(opt, 0, "here", [], ())
-    groups, opt.param_groups = opt.param_groups, None  # pyright: ignore[reportAttributeAccessIssue]
+    groups, opt.param_groups = opt.param_groups, None  # pyrefly: ignore[bad-assignment]
     assumed.check(opt)
     opt.param_groups = groups
 
@@ -234,7 +234,7 @@ class Branching(Optimizer):
         super().__init__(params, {"lr": lr, "hinted": hinted})
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]

@@ -84,7 +84,7 @@ def pair(make: Make, **options: Any) -> tuple[Any, ...]:
     theirs = Net()
     ours = copy.deepcopy(theirs)
     opts = make(ours.parameters()), make(theirs.parameters())
-    mp = MixedPrecision(**{"dtype": "float32", "codegen": "eager", **options})
+    mp = MixedPrecision(**{"dtype": "float32", "codegen": "eager", **options})  # pyrefly: ignore[bad-argument-type]
     return (
         ours,
         theirs,
@@ -313,7 +313,7 @@ def test_one_optimizer_steps_twice_in_a_step() -> None:
         x, y = torch.randn(2, 6, 4)
         if index in (0, 2):  # the second half overflows: the whole step is skipped
             before = clone([dict(ours.named_parameters()), opts[0].state_dict()["state"]])
-            step(x, y / 0)
+            step(x, y / 0)  # pyrefly: ignore[division-by-zero]
             after = [dict(ours.named_parameters()), opts[0].state_dict()["state"]]
             same(after[0], before[0], "parameters", exact=True)
             if index:
@@ -345,7 +345,7 @@ class Lion(Optimizer):
         super().__init__(params, {"lr": lr, "beta": 0.9})
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -399,7 +399,7 @@ class OwnAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8})
         self.decay = 1.0
 
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -421,7 +421,7 @@ class OwnSGD(Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})
 
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 p.data = p.data - group["lr"] * p.grad
@@ -448,7 +448,7 @@ class Normed(Optimizer):
         super().__init__(params, {"lr": None})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
         params = [p for group in self.param_groups for p in group["params"]]
         norm = torch.stack(torch._foreach_norm([p.grad for p in params])).norm()
         for p in params:
@@ -572,7 +572,7 @@ class Wrapping(Optimizer):
         self.inner = O.SGD(params, lr=0.1)
         super().__init__(self.inner.param_groups, {})
 
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         self.inner.step()
 
 
@@ -580,7 +580,7 @@ class Sharing(Lion):
     """Keeps state that belongs to no parameter."""
 
     def step(self) -> None:
-        self.state["all"]["n"] = 1  # pyright: ignore[reportArgumentType]
+        self.state["all"]["n"] = 1  # pyrefly: ignore[bad-index]
 
 
 class Peeking(Lion):

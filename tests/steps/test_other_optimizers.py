@@ -26,7 +26,7 @@ class Own(Optimizer):
         super().__init__(params, {"lr": lr, **self.start, **settings})
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for group in self.param_groups:
             self.update(group, [p for p in group["params"] if p.grad is not None])
 

@@ -138,7 +138,7 @@ def test_at_the_top_growth_that_would_overflow_is_refused() -> None:
 
 def test_static_scale_checks_and_skips() -> None:
     """Apex applies the update of an overflow with a static scale; DeepSpeed skips, and so does fxpass."""
-    scales, mp = trajectory(StaticLossScale("2**7"), ".x.n")  # pyright: ignore[reportArgumentType]
+    scales, mp = trajectory(StaticLossScale("2**7"), ".x.n")  # pyrefly: ignore[bad-argument-type]
     assert scales == [128.0] * 4
     assert mp.stats().skipped == 2
 
@@ -184,7 +184,7 @@ def test_nan_written_after_backward() -> None:
     @torch.compile(backend=mp)
     def step() -> None:
         ours.sum().backward()
-        ours.grad = ours.grad * NAN  # pyright: ignore[reportOptionalOperand]
+        ours.grad = ours.grad * NAN  # pyrefly: ignore[bad-assignment, unsupported-operation]
         opt.step()
         opt.zero_grad()
 

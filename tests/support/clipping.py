@@ -41,7 +41,7 @@ def compare_with_torch(
     """Five steps with ``options``, and eagerly with ``clip`` before the update; the parameters must agree."""
     ours = model()
     theirs = copy.deepcopy(ours)
-    mp = MixedPrecision(**{"dtype": "float32", "codegen": codegen, **options})
+    mp = MixedPrecision(**{"dtype": "float32", "codegen": codegen, **options})  # pyrefly: ignore[bad-argument-type]
     opts = [torch.optim.SGD(groups(m), lr=0.05) for m in (ours, theirs)]
 
     def step(x: Tensor) -> None:

@@ -138,7 +138,7 @@ def forward_gradient(net: nn.Module, opt: Any) -> Step:
         params = {n: p.detach() for n, p in net.named_parameters()}
         towards = {n: torch.ones_like(p) for n, p in params.items()}
         loss_of = lambda p: mse_loss(functional_call(net, p, (x,)), y)  # noqa: E731
-        loss, slope = jvp(loss_of, (params,), (towards,))  # pyright: ignore[reportAssignmentType]
+        loss, slope = jvp(loss_of, (params,), (towards,))  # pyrefly: ignore[bad-unpacking]
         give(net, (slope * t for t in towards.values()))
         opt.step()
         return loss

@@ -47,7 +47,7 @@ def training_step(
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]]:
     """A step of a two-layer model (or ``model``, from 4 to 2 features) and arguments for it."""
     model = model or nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    opt = optimizer(model.parameters(), **{"lr": 0.1, **settings})
+    opt = optimizer(model.parameters(), **{"lr": 0.1, **settings})  # pyrefly: ignore[bad-argument-type]
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         loss = nn.functional.mse_loss(model(x), y)

@@ -219,7 +219,7 @@ def other_ways() -> tuple[nn.Module, Step]:
     net.extra = nn.Linear(8, 8)
     model = DDP(net, find_unused_parameters=True)
     through = net.extra if dist.get_rank() == 0 else nn.Identity()
-    return plain(net, lambda x: model(through(x)), sgd(net))
+    return plain(net, lambda x: model(through(x)), sgd(net))  # pyrefly: ignore[not-callable]
 
 
 def alone() -> tuple[nn.Module, Step]:
@@ -246,7 +246,7 @@ def sharded() -> tuple[nn.Module, Step]:
 def tensor_parallel() -> tuple[nn.Module, Step]:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    parallelize_module(net, init_device_mesh("cpu", (WORLD,)), plan)
+    parallelize_module(net, init_device_mesh("cpu", (WORLD,)), plan)  # pyrefly: ignore[bad-argument-type]
     return plain(net, net, sgd(net))
 
 
@@ -296,7 +296,7 @@ def _train(name: str, rank: int) -> dict[str, Any]:
     if build is option:
         options = {**options, "data_parallel": dist.group.WORLD}
     torch.compiler.reset()
-    mp = MixedPrecision(**options)
+    mp = MixedPrecision(**options)  # pyrefly: ignore[bad-argument-type]
     net, step = build()
     compiled = torch.compile(step, backend=mp)
     skipped = (1, CALLS) if name in OVERFLOWS else ()  # an overflow on one rank, then on the other

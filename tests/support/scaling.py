@@ -24,7 +24,7 @@ def trajectory(policy: object, overflows: str, **options: Any) -> tuple[list[flo
     """The scale after each step of a tiny model whose gradient is the step's input."""
     weight = nn.Parameter(torch.zeros(2))
     opt = torch.optim.SGD([weight], lr=0.1)
-    mp = MixedPrecision(codegen="eager", loss_scale=policy, **options)  # pyright: ignore[reportArgumentType]
+    mp = MixedPrecision(codegen="eager", loss_scale=policy, **options)  # pyrefly: ignore[bad-argument-type]
 
     @torch.compile(backend=mp)
     def step(slope: Tensor) -> None:

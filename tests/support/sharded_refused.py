@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 class Own(torch.optim.SGD):
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
         for group in self.param_groups:
             for p in group["params"]:
                 p.add_(p.grad / p.grad.norm(), alpha=-0.1)
@@ -195,7 +195,7 @@ def refuse(name: str, rank: int) -> dict[str, Any]:
     """Call the step once; what it raised is for the caller."""
     make, options, _ = REFUSED[name]
     torch.compiler.reset()
-    step = torch.compile(make(), backend=fxpass.MixedPrecision(**{**EAGER, **options}))
+    step = torch.compile(make(), backend=fxpass.MixedPrecision(**{**EAGER, **options}))  # pyrefly: ignore[bad-argument-type]
     generator = torch.Generator().manual_seed(rank)
     batches = [(torch.randn(6, 8, generator=generator), torch.randn(6, 4, generator=generator))]
     step(batches, torch.tensor(1.0))
