@@ -7,13 +7,16 @@ STAMP := .venv/.installed
 CUDA_BIN := .venv-cuda/bin
 CUDA_STAMP := .venv-cuda/.installed
 
+# Where it is set, every process of the tests compiles all of torch's modules again, for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv: $(STAMP) ## create the virtual environment, or bring it up to date
 
 # torch first: the rest then finds its requirement met and does not ask for another build of it.
-# Modules are compiled by who imports them: most of what is installed never is.
+# Modules are compiled by who imports them first: most of what is installed never is.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch==2.13.0

@@ -21,11 +21,12 @@ def _fresh() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the rows of a test marked ``breadth``, every sixth is in `make test`; the others are slow."""
+    """Of the rows of a test marked ``breadth``, every sixth (n-th) is in `make test`; the others are slow."""
     seen: Counter[str] = Counter()
     for item in items:
         if mark := item.get_closest_marker("breadth"):
             test = item.nodeid.partition("[")[0]
-            if seen[test] % (mark.args[0] if mark.args else 6):
+            every = mark.args[0] if mark.args else 6
+            if seen[test] if every == "first" else seen[test] % every:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1

@@ -19,6 +19,7 @@ def _one_stream_captures() -> Iterator[None]:
         yield
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("model", ["mlp", "tiny gpt"])
 def test_the_whole_step_is_one_cuda_graph(model: str) -> None:
     training = Training(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from bench.models import GPT, GPTConfig, token_batches
@@ -37,6 +38,7 @@ def beyond(layers: int) -> tuple[int, int]:
     return count, len(launched)
 
 
+@pytest.mark.slow
 def test_growth() -> None:
     (few, before), (many, after) = beyond(1), beyond(2)
     assert many == few + 12

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.cuda.device import STUB, compiled_kernels, spilling
 from tests.cuda.models import Training
 
 
-def test_kernels_do_not_spill() -> None:
-    training = Training("bert")
+@pytest.mark.breadth("first")
+@pytest.mark.parametrize("model", ["mlp", "bert"])
+def test_kernels_do_not_spill(model: str) -> None:
+    training = Training(model)
     step, _ = training.compiled({"max_norm": 1.0, "dtype": "bfloat16"})
     loss = step(*training.batch)
     major, minor = torch.cuda.get_device_capability()

@@ -43,6 +43,7 @@ def worst(ours: Training, theirs: Training) -> float:
     return max((a.detach().cpu() - b.detach()).abs().max().item() for a, b in pairs)
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("model", ["mlp", "tiny gpt"])
 def test_float32_is_exact(model: str) -> None:
     ours, theirs = Training(model), Training(model, "cpu")
@@ -52,6 +53,7 @@ def test_float32_is_exact(model: str) -> None:
     assert handle.stats().steps == 3
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("options", [CLIP, {**CLIP, "release": True}], ids=str)
 def test_float16_is_within_rounding(options: dict[str, Any]) -> None:
     ours, theirs = Training("mlp"), Training("mlp", "cpu")
@@ -62,6 +64,7 @@ def test_float16_is_within_rounding(options: dict[str, Any]) -> None:
     assert stats.clipped == 3
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("options", [CLIP, {"skip": "tensor"}], ids=str)
 def test_an_overflow_changes_no_bit(options: dict[str, Any]) -> None:
     training = Training("mlp")

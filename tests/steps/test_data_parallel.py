@@ -27,7 +27,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     return results_of("tests.support.ranks", asked_for(request, PROGRAMS))
 
 
-@pytest.mark.breadth(17)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_eager(found: dict[str, Any], name: str) -> None:
     result = found[name]

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any], Any]]] = {
 
 
 @pytest.mark.breadth(4)
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["inductor", "eager"])
 @pytest.mark.parametrize("name", CASES)
 def test_follows_eager(name: str, codegen: str) -> None:
     if codegen == "inductor" and name not in ("warmup from zero", "one cycle, betas"):

@@ -30,7 +30,7 @@ def found(request: pytest.FixtureRequest, checkpoint: Path) -> dict[str, Any]:
     return results_of("tests.support.sharded_ranks", names, {CHECKPOINT: str(checkpoint)})
 
 
-@pytest.mark.breadth(19)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", TRAINED)
 def test_as_eager(found: dict[str, Any], name: str) -> None:
     result = found[name]

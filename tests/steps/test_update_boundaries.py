@@ -106,7 +106,7 @@ def _values(opt: Optimizer, weights: list[list[nn.Parameter]]) -> dict[str, Tens
     return found
 
 
-@pytest.mark.breadth(13)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_eager(name: str) -> None:
     kind, settings = CASES[name]
