@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -32,6 +32,8 @@ class MixedPrecision(Options):
         OptionError: an option of the wrong type or out of range.
     """
 
+    _state: StepState = field(init=False, repr=False)  # what its graphs share: scaler, records, watches
+
     def __new__(cls, *args: Any, **options: Any) -> Self:
         check_names(options)  # before the dataclass raises TypeError
         return super().__new__(cls)
@@ -39,11 +41,7 @@ class MixedPrecision(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_inductor(self.inductor, _torch.inductor_settings())
-        object.__setattr__(self, "_shared", StepState(ScalerState(self.policy), group=self.group))
-
-    @property
-    def _state(self) -> StepState:
-        return self.__dict__["_shared"]
+        object.__setattr__(self, "_state", StepState(ScalerState(self.policy), group=self.group))
 
     @property
     def scale(self) -> Tensor:

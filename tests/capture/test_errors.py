@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 import fxpass
 from fxpass import CaptureError, FxpassError, MixedPrecision, OptimizerError
-from tests.capture.test_forms import _first, train
+from tests.steps.test_forms import _first, train
 from tests.support.helpers import FP32, Mlp, batches, clone, compare, dynamo_settings, same
 
 Step = Callable[..., Any]
