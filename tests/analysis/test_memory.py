@@ -115,6 +115,7 @@ def measured(step: Any, x: Tensor, y: Tensor) -> int:
     return measure.peak_of_call(lambda: step(x, y), torch.device("cpu")).bytes
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_graph_as_written_is_predicted_to_the_byte(dtype: str) -> None:
     step, mp = compiled_step(tiny_gpt(), codegen="eager", dtype=dtype)

@@ -77,6 +77,7 @@ def _steps() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     }
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("name", ["closure", "global", "attribute", "argument", "parts"])
 @pytest.mark.parametrize("pattern", ["blocks.1", "blocks.1.*", "*.1.0"])
 def test_keep_fp32_names_modules_as_named_modules_does(name: str, pattern: str) -> None:

@@ -373,6 +373,7 @@ def test_a_reason_is_in_the_users_words(guard: str) -> None:
     assert change_of(guard, values, {"epoch": 3}).text == GUARDS[guard]
 
 
+@pytest.mark.slow
 def test_past_the_limit_the_error_names_the_guard_and_its_line() -> None:
     history: list[Tensor] = []
 

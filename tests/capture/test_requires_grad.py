@@ -78,6 +78,7 @@ def test_as_eager(toggle: Toggle, codegen: str) -> None:
     assert len(mp.graphs) == 2, "the critic is frozen when the second call begins, and from then on"
 
 
+@pytest.mark.slow
 def test_an_overflow_in_one_half_undoes_the_other() -> None:
     gan, mp = Gan(by_module), MixedPrecision()
     states = train(gan, torch.compile(gan.step, backend=mp), bad=1)

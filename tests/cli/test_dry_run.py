@@ -64,6 +64,7 @@ def test_large_models_take_no_memory() -> None:
     assert dry_run(make, {}).parameters == width * width + width
 
 
+@pytest.mark.slow
 def test_falls_back_to_real_tensors_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     found = fx(capsys, "inspect", "@needs_values")
     assert found.code == 0

@@ -11,7 +11,7 @@ from fxpass.report.explanation import explanations
 from .helpers import fx
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"dtype": "bfloat16", "clip_value": 0.5}], ids=str)
 def test_every_inserted_node_of_the_gpt_step_is_explained(options: dict[str, object]) -> None:
     run = dry_run(BUILTINS["gpt"], options)

@@ -28,7 +28,7 @@ def test_programs(seed: int) -> None:
     check(seed, "inductor")
 
 
-@pytest.mark.breadth(5)
+@pytest.mark.breadth(10)
 @pytest.mark.parametrize("first", SEEDS[1::3])
 def test_programs_operator_by_operator(first: int) -> None:
     check(first, "eager")

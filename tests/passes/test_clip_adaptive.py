@@ -45,6 +45,7 @@ class ConvAndMore(nn.Module):
         return self.head(hidden) * self.scale + self.empty.sum()
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize(("ratio", "codegen"), [(0.01, "eager"), (0.1, "eager"), (0.1, "inductor")])
 def test_as_the_paper(ratio: float, codegen: str) -> None:
     options = {"adaptive_clip": ratio, "loss_scale": 2.0**12}

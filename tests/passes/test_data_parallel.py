@@ -63,13 +63,14 @@ def test_the_gradient_of_a_table_is_sent_as_it_is_stored() -> None:
     assert {(t.dtype, t.bytes) for t in run(words).transfers} >= {("float16", 2 * 5000 * WIDTH + 4 * WIDTH)}
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_sent_in_other_dtypes(dtype: str) -> None:
     sent = {t.dtype: t.bytes for t in run(dtype=dtype).transfers}
     assert sent[dtype] >= (4 if dtype == "float32" else 2) * ELEMENTS
 
 
+@pytest.mark.slow
 def test_reduce_dtype() -> None:
     assert {t.dtype for t in run(reduce_dtype="float32").transfers} == {"float32"}
 

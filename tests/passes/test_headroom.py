@@ -68,6 +68,7 @@ def test_follows_gradients_that_shrink() -> None:
     assert dynamic[-1] == dynamic[20]
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 2.0])
 def test_overflows_as_rarely_as_asked(deviation: float) -> None:
     rate, steps = 0.01, 2500

@@ -82,7 +82,7 @@ NORMS = [
 ]
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_norms(dtype: str) -> None:
     x = torch.randn(2, 3, 6, 6)

@@ -37,6 +37,7 @@ def train(net: nn.Module, xs: list[Tensor], **options: Any) -> tuple[list[float]
     return losses, [p.detach() for p in net.parameters()] + state
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("options", [{}, {"max_norm": 0.01}, {"memory_budget": 0.2, "max_norm": 0.01}])
 def test_bitwise_the_same_step(options: dict[str, Any]) -> None:
     """Overflow included: the third batch makes gradients infinite, the step is skipped whole."""

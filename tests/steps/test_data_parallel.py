@@ -38,13 +38,13 @@ def test_as_eager(found: dict[str, Any], name: str) -> None:
     assert result["difference"] < (2e-3 if half else 3e-7)
 
 
-@pytest.mark.breadth
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
     assert found[name]["skipped"] == 2
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", ["replicated", "accumulated", "small buckets"])
 def test_reductions_are_bucketed(found: dict[str, Any], name: str) -> None:
     """``no_sync``: one reduction at the end."""

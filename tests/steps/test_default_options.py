@@ -65,7 +65,7 @@ def _train(options: dict[str, Any], codegen: str) -> tuple[dict[str, Any], Mixed
     return clone(dict(net.state_dict())), mp
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_made_code_does_what_the_graph_says(name: str) -> None:
     made, mp = _train(OPTIONS[name], "inductor")

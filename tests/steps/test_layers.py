@@ -145,7 +145,7 @@ def test_losses(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     follows(_with_loss(loss), codegen="eager")
 
 
-@pytest.mark.breadth(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 def test_losses_by_default(part: int) -> None:
     follows(lambda: together([_with_loss(loss) for loss in [*LOSSES.values()][part::3]]))

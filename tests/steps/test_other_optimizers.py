@@ -222,7 +222,7 @@ def test_a_skipped_step_counts_nothing(make: Any) -> None:
     assert (mp.stats().steps, mp.stats().skipped) == (5, 2)
 
 
-@pytest.mark.breadth(2)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("make", ALL, ids=lambda cls: cls.__name__)
 def test_a_checkpoint_of_eager_goes_on(make: Any) -> None:
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ def test_as_eager(found: dict[str, Any], name: str) -> None:
     assert result["difference"] < BOUNDS.get(name, 2e-3 if half else 1.5e-7)
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any], name: str) -> None:
     assert found[name]["skipped"] == 2
