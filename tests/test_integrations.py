@@ -105,6 +105,7 @@ def test_trainer_skips_and_the_scheduler_waits(hf: Any, tmp_path: Path) -> None:
     assert hf.logged(ours, "loss_scale") == [2.0**16] * 4
 
 
+@pytest.mark.slow
 def test_trainer_takes_settings_from_its_arguments(hf: Any, tmp_path: Path) -> None:
     """bfloat16, label smoothing, a last update of fewer micro-batches, early stopping, the backend's name."""
     from transformers import EarlyStoppingCallback
@@ -162,6 +163,7 @@ def test_accelerates_loop_follows_float32(loop: Any) -> None:
     assert len(ours.handle.graphs) == 1
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accelerates_accumulation(loop: Any, accumulate: int) -> None:
     plain = loop.train(accumulate=accumulate, clip=0.3)

@@ -245,7 +245,7 @@ def test_follows_autocast(build: Callable[[], Case], dtype: torch.dtype) -> None
     )
 
 
-@pytest.mark.breadth(4)
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_float32_equals_eager(build: Callable[[], Case]) -> None:
     actual, expected = both(build, torch.float32)

@@ -109,6 +109,7 @@ def statistics(net: Net) -> Step:
     return step
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 def test_statistics_of_gradients_keep_their_bits_on_a_skipped_step(skip: str) -> None:
     states, mp = run(statistics, 1, dtype="float16", skip=skip)
@@ -164,6 +165,7 @@ def edit_that_divides(net: Net) -> Step:
     return step
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 def test_what_the_users_edit_makes_of_a_gradient_is_checked(skip: str) -> None:
     states, mp = run(edit_that_divides, 1, dtype="float16", skip=skip)
@@ -202,6 +204,7 @@ def reads_of_old_weights(net: Net) -> Step:
     return step
 
 
+@pytest.mark.breadth("first")
 @pytest.mark.filterwarnings("ignore:.*check. is deprecated:FutureWarning")  # torch's own, in diagonal
 @pytest.mark.parametrize("skip", ["step", "tensor"])
 def test_early_updates_wait_for_every_read_of_the_old_weight(skip: str) -> None:
