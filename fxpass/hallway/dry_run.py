@@ -135,7 +135,8 @@ def _attempt(
             views[point] = view(graph, point)
         graphs[:] = [graph]
 
-    backend = MixedPrecision(**{**options, "progress": False})  # pyrefly: ignore[bad-argument-type] # the command line says what it does
+    # no progress: the command line says what it does
+    backend = MixedPrecision(**{**options, "progress": False})  # pyrefly: ignore[bad-argument-type]
     profile, profiled, compiled = _profiler(of, notes, kernels)
     sent: list[Transfer] = []
     ranks = [backend.group.size() if backend.group is not None else 1]

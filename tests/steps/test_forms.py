@@ -23,7 +23,7 @@ class Metrics:
     count: int
 
 
-def _first(net: Mlp, opt: Any) -> Step:
+def _first(net: nn.Module, opt: Any) -> Step:
     def step(x: Tensor, y: Tensor) -> Tensor:
         opt.zero_grad()
         loss = mse_loss(net(x), y)

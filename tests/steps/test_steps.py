@@ -11,18 +11,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from fxpass import CaptureError, MixedPrecision
+from tests.steps.test_forms import _first
 from tests.support.helpers import FP32, Mlp, Training, batches, clone, compare, same
-
-
-def _simple(net: nn.Module, opt: Any) -> Any:
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        opt.zero_grad()
-        loss = mse_loss(net(x), y)
-        loss.backward()
-        opt.step()
-        return loss
-
-    return step
 
 
 def test_batchnorm_frozen_tied_and_unreached_parameters() -> None:
@@ -44,7 +34,7 @@ def test_batchnorm_frozen_tied_and_unreached_parameters() -> None:
         net = Odd()
         net.frozen.weight.grad = torch.ones_like(net.frozen.weight)  # stale: must neither move it nor leak
         opt = torch.optim.AdamW(net.parameters(), lr=0.01)
-        return Training(_simple(net, opt), [net], [opt])
+        return Training(_first(net, opt), [net], [opt])
 
     mp = compare(build)
     assert mp.graphs[0].unreached == {
@@ -93,7 +83,7 @@ def test_dropout() -> None:
     def build() -> Training:
         net = Dropping()
         opt = torch.optim.SGD(net.parameters(), lr=0.1)
-        return Training(_simple(net, opt), [net], [opt])
+        return Training(_first(net, opt), [net], [opt])
 
     compare(build, handle=MixedPrecision(**EAGERS_NUMBERS))
 
@@ -152,7 +142,7 @@ def test_updates_through_data() -> None:
         opt = torch.optim.SGD(net.parameters(), lr=0.1)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
-            loss = _simple(net, opt)(x, y)
+            loss = _first(net, opt)(x, y)
             for a, p in zip(average.parameters(), net.parameters(), strict=True):
                 a.data.mul_(0.9).add_(p.data, alpha=0.1)
                 p.data.clamp_(-0.3, 0.3)
@@ -173,7 +163,7 @@ def test_settings_written_in_the_step_take_effect_in_it() -> None:
             for group in opt.param_groups:
                 group["lr"] = lr
                 group["weight_decay"] = 0.5
-            return _simple(net, opt)(x, y)
+            return _first(net, opt)(x, y)
 
         calls = [(*batch, lr) for batch, lr in zip(batches(4), (0.1, 0.05, 0.02, 0.01), strict=True)]
         return Training(step, [net], [opt], calls)
@@ -238,7 +228,7 @@ def test_a_recurrent_net() -> None:
     def build() -> Training:
         net = Recurrent()
         opt = torch.optim.SGD(net.parameters(), lr=0.1)
-        return Training(_simple(net, opt), [net], [opt])
+        return Training(_first(net, opt), [net], [opt])
 
     compare(build)
 
@@ -247,7 +237,7 @@ def test_a_second_batch_size_compiles_once_more_and_no_more() -> None:
     def build() -> Training:
         net = Mlp()
         opt = torch.optim.AdamW(net.parameters(), lr=0.01)
-        return Training(_simple(net, opt), [net], [opt], [b for n in (6, 9, 6, 11, 5) for b in batches(1, n)])
+        return Training(_first(net, opt), [net], [opt], [b for n in (6, 9, 6, 11, 5) for b in batches(1, n)])
 
     compare(build, graphs=2)
 
